@@ -1,0 +1,92 @@
+"""Saving and loading adapters: our safetensors file with its config, and the thesis's ``adapter_{i}.pth`` files."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dynprune.adapters.stack import AdapterStack
+from dynprune.atomic import replacing
+
+_WEIGHTS = "adapters.safetensors"
+_CONFIG = "adapters.json"
+_NAMES = ("down_Lbd", "down_bias_Lb", "up_Ldb", "up_bias_Ld")
+# The thesis's layer1 is W_down, its layer2 W_up.
+_THESIS_NAMES = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
+
+
+def save_adapters(adapters: AdapterStack, folder: Path, slm: str) -> None:
+    """Writes ``adapters.safetensors`` and ``adapters.json``.
+
+    Args:
+        adapters: The adapters.
+        folder: Where to write.
+        slm: Name of the SLM that they were made for.
+    """
+    with replacing(folder / _WEIGHTS) as path:
+        save_file({name: value.detach().contiguous() for name, value in adapters.state_dict().items()}, path)
+    config = {
+        "num_layers": adapters.num_layers,
+        "hidden_size": adapters.hidden_size,
+        "bottleneck": adapters.bottleneck,
+        "slm": slm,
+    }
+    with replacing(folder / _CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapters(folder: Path) -> AdapterStack:
+    """Reads adapters that `save_adapters` wrote, or else the thesis's ``adapter_{i}.pth`` files.
+
+    Args:
+        folder: A folder with either.
+
+    Raises:
+        ValueError: If there are neither, a layer is missing, or a file does not hold an adapter.
+    """
+    if (folder / _WEIGHTS).is_file():
+        return _from_state(load_file(folder / _WEIGHTS), folder / _WEIGHTS)
+    files = {int(path.stem.removeprefix("adapter_")): path for path in folder.glob("adapter_[0-9]*.pth")}
+    if sorted(files) != list(range(len(files))) or not files:
+        raise ValueError(
+            f"{folder} holds neither {_WEIGHTS} nor adapter_0.pth to adapter_{{L-1}}.pth without a gap "
+            f"(found layers {sorted(files)}); give a folder written by dynprune stage=adapters or the thesis's"
+        )
+    layers = []
+    for index in range(len(files)):
+        state = torch.load(files[index], map_location="cpu", weights_only=True)
+        missing = [name for name in _THESIS_NAMES if name not in state]
+        if missing:
+            raise ValueError(f"{files[index]} lacks {missing}; the thesis's adapters have {list(_THESIS_NAMES)}")
+        layers.append([state[name].float() for name in _THESIS_NAMES])
+    try:
+        stacked = {
+            name: torch.stack(list(tensors)) for name, tensors in zip(_NAMES, zip(*layers, strict=True), strict=True)
+        }
+    except RuntimeError as error:
+        raise ValueError(f"the adapters in {folder} differ in shape from layer to layer: {error}") from None
+    return _from_state(stacked, folder)
+
+
+def save_thesis_adapters(adapters: AdapterStack, folder: Path) -> None:
+    """Writes one ``adapter_{i}.pth`` a layer, as the thesis's code reads them."""
+    for index in range(adapters.num_layers):
+        state = {
+            thesis: getattr(adapters, name)[index].detach().clone()
+            for thesis, name in zip(_THESIS_NAMES, _NAMES, strict=True)
+        }
+        with replacing(folder / f"adapter_{index}.pth") as path:
+            torch.save(state, path)
+
+
+def _from_state(state: dict[str, torch.Tensor], where: Path) -> AdapterStack:
+    if set(state) != set(_NAMES):
+        raise ValueError(f"{where} holds {sorted(state)}, but adapters have {sorted(_NAMES)}")
+    num_layers, bottleneck, hidden_size = state["down_Lbd"].shape
+    adapters = AdapterStack(num_layers, hidden_size, bottleneck)
+    try:
+        adapters.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{where} holds tensors whose shapes do not fit each other: {error}") from None
+    return adapters.requires_grad_(False).eval()

@@ -1,0 +1,95 @@
+"""The stream of hidden states that adapters learn from: computed batch by batch, never held whole.
+
+Shapes: S = L + 1 states, N = tokens of a batch without padding, d = hidden size.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from dynprune.slm.loading import SLM
+
+
+class HiddenStateStream(IterableDataset[Tensor]):
+    """Yields what goes in and out of each decoder layer, for batches of token sequences.
+
+    An item is ``states_SNd``: entry i is the input of layer i, entry i + 1 its output. They come from hooks on the layers
+    themselves: the last of transformers' ``hidden_states`` is taken after the final norm, which no layer computes.
+    """
+
+    def __init__(self, slm: SLM, sequences: Sequence[Sequence[int]], batch_tokens: int, seed: int | None) -> None:
+        """Binds the SLM to the sequences.
+
+        Args:
+            slm: The teacher.
+            sequences: Token ids of whole samples, prompt and answer.
+            batch_tokens: Tokens in a batch, at most, padding included; a longer sequence is a batch of its own.
+            seed: Seed of the order of the batches, drawn anew each epoch; ``None`` keeps the order.
+        """
+        self._slm = slm
+        self._batches = _batches(sequences, batch_tokens)
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the batches."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Runs the teacher over the batches."""
+        order = list(range(len(self._batches)))
+        if self._seed is not None:
+            random.Random(f"{self._seed}-{self._epoch}").shuffle(order)
+        for position in order:
+            yield self._states(self._batches[position])
+
+    @torch.no_grad()
+    def _states(self, batch: list[Sequence[int]]) -> Tensor:
+        width = max(len(sequence) for sequence in batch)
+        pad = self._slm.tokenizer.pad_token_id
+        ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in batch], device=self._slm.device)
+        attention_BT = torch.tensor(
+            [[0] * (width - len(s)) + [1] * len(s) for s in batch], device=self._slm.device
+        )
+        real_BT = attention_BT.bool()
+        states: list[Tensor] = []
+
+        def keep_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            states.append(arguments[0][real_BT])
+
+        def keep_output(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            states.append(output[real_BT])
+
+        layers = self._slm.layers
+        handles = [layer.register_forward_pre_hook(keep_input) for layer in layers[:1]]
+        handles += [layer.register_forward_hook(keep_output) for layer in layers]
+        try:
+            self._slm.model(
+                input_ids=ids_BT,
+                attention_mask=attention_BT,
+                position_ids=(attention_BT.cumsum(dim=1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(states)
+
+
+def _batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[list[Sequence[int]]]:
+    """Groups sequences of similar length."""
+    batches: list[list[Sequence[int]]] = []
+    for sequence in sorted(sequences, key=len):
+        if batches and (len(batches[-1]) + 1) * len(sequence) <= batch_tokens:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return batches

@@ -1,0 +1,337 @@
+"""The three figures: what pruning costs and saves, which layers adapters replace well, which are pruned.
+
+Each has a function that builds the matplotlib `Figure` and one that builds and writes it. No pyplot:
+figures are plain objects, so drawing changes no global state and needs no display. Colours are mostly those
+of Okabe and Ito, which colour-blind readers tell apart, and follow the row's name in every figure; markers
+and direct labels say the same without colour.
+
+Axis suffixes: L = layers.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dynprune.atomic import replacing
+from dynprune.evaluation.labels import Label, place_labels, text_size
+from dynprune.evaluation.table import TableRow, count_label, score_label, score_scale
+
+_DPI = 200  # At 8 inches, twice the width of a README column: sharp on dense displays.
+_WIDTH = 8.0
+_INK, _GREY, _FAINT = "#222222", "#6b6b6b", "#e4e4e4"
+_COLORS = {
+    "original": _INK,
+    "router-fbc": "#0072B2",
+    "router-dpo": "#D55E00",
+    "router-orpo": "#009E73",
+}
+_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#7B4FA3", "#8C5A2B")
+_MARKERS = {"original": "s", "router-fbc": "D", "router-dpo": "^", "router-orpo": "v"}
+_OTHER_MARKERS = ("P", "X", "p", "h", "<", ">")
+
+
+def row_color(name: str) -> str:
+    """The colour of a row in every figure; static rows share one, since a line joins them."""
+    return _COLORS.get(name) or (_GREY if _is_static(name) else _pick(_OTHER_COLORS, name))
+
+
+def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -> Figure:
+    """Draws a score against the measured speedup, with the nominal speedup as a faint companion.
+
+    Args:
+        rows: Rows of the table. A row that was not timed is drawn hollow, at its nominal speedup.
+        score: Name of the score.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There are no rows, or a row has no such score.
+    """
+    if not rows:
+        raise ValueError("The figure of accuracy and speedup needs at least one row of the table.")
+    for row in rows:
+        if score not in row.scores:
+            raise ValueError(
+                f"Row {row.name!r} has no score {score!r} to draw; it has {', '.join(row.scores)}."
+            )
+    figure, ax = _canvas(4.9, left=0.085, right=0.975, bottom=0.125, top=0.83)
+    scale = score_scale(score)
+    segments = _join_static_rows(ax, rows, score)
+    for row in rows:
+        y, low, high = (scale * value for value in astuple(row.scores[score]))
+        segments += _draw_row(ax, row, y, low, high)
+    _finish_axes(ax, f"{score_label(score)}{', %' if scale == 100 else ''}", "Speedup, %")
+    _title(
+        figure,
+        f"{score_label(score)} against speedup",
+        "Solid: measured on the clock. Pale: nominal, counted in layers. "
+        f"Bars: 95% intervals, {count_label(rows)}.",
+    )
+    _fix_limits(ax)
+    labels = [Label(100 * _speedup(r), scale * r.scores[score].mean, r.name, row_color(r.name)) for r in rows]
+    companions = [
+        np.array([100 * row.nominal_speedup, scale * row.scores[score].mean])
+        for row in rows
+        if _has_companion(row)
+    ]
+    place_labels(ax, labels, segments, companions, size=9.5)
+    return figure
+
+
+def accuracy_speedup(rows: Sequence[TableRow], path: Path, score: str = "ast_match") -> None:
+    """Writes the figure of `build_accuracy_speedup` to `path`."""
+    _save(build_accuracy_speedup(rows, score), path)
+
+
+def build_layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike) -> Figure:
+    """Draws how well an adapter stands in for each layer, and names the layers where it does worst.
+
+    Args:
+        mse_L: Mean squared error of each layer's adapter.
+        relative_error_L: The same relative to what the layer does.
+
+    Returns:
+        The figure: one panel a measure, both on log scales.
+
+    Raises:
+        ValueError: The two do not have one finite error of 0 or more for each layer.
+    """
+    errors = [np.asarray(values, dtype=np.float64).ravel() for values in (mse_L, relative_error_L)]
+    if errors[0].shape != errors[1].shape or not errors[0].size:
+        raise ValueError(
+            f"The figure of layer errors needs two errors for each layer, but there are {errors[0].size} mean "
+            f"squared and {errors[1].size} relative errors."
+        )
+    if not all((np.isfinite(values) & (values >= 0)).all() for values in errors):
+        raise ValueError("The figure of layer errors needs errors that are finite and not negative.")
+    figure = Figure(figsize=(_WIDTH, 4.9), dpi=_DPI / 2, facecolor="white")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure.subplots_adjust(left=0.085, right=0.975, bottom=0.115, top=0.83, hspace=0.16)
+    for ax, error_L, name in ((upper, errors[1], "Relative error"), (lower, errors[0], "Mean squared error")):
+        _draw_errors(ax, error_L)
+        _finish_axes(ax, name, "Layer" if ax is lower else "", grid="y")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    lower.set_xlim(-0.8, errors[0].size - 0.2)
+    _title(
+        figure,
+        "What the adapters cannot reproduce",
+        "Error of each layer's adapter, log scales; the worst layers by number.",
+    )
+    return figure
+
+
+def layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike, path: Path) -> None:
+    """Writes the figure of `build_layer_error` to `path`."""
+    _save(build_layer_error(mse_L, relative_error_L), path)
+
+
+def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
+    """Draws how often each row prunes each layer: one strip a row, one cell a layer.
+
+    Args:
+        frequency: By row name, the share of queries for which each of the L layers is pruned.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There are no rows, their numbers of layers differ, or a share is not between 0 and 1.
+    """
+    if not frequency:
+        raise ValueError("The figure of pruned layers needs at least one row.")
+    num_layers = len(next(iter(frequency.values())))
+    for name, share_L in frequency.items():
+        if len(share_L) != num_layers or not all(0 <= share <= 1 for share in share_L):
+            raise ValueError(
+                f"Row {name!r} needs a share between 0 and 1 for each of the {num_layers} layers in the figure "
+                f"of pruned layers."
+            )
+    rows_height = 0.36 * len(frequency)
+    height = rows_height + 1.35
+    figure, ax = _canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
+    longest = max(text_size(figure, name, 9.5)[0] for name in frequency)
+    figure.subplots_adjust(left=0.035 + longest / figure.bbox.width)
+    for position, (name, share_L) in enumerate(frequency.items()):
+        shades = LinearSegmentedColormap.from_list(name, ["#f1f1f1", row_color(name)])
+        strip = np.asarray(share_L, dtype=np.float64)[None]
+        edges = np.arange(num_layers + 1) - 0.5
+        mesh = ax.pcolormesh(
+            edges, [position - 0.4, position + 0.4], strip, cmap=shades, vmin=0, vmax=1, ec="white", lw=1.2
+        )
+        mesh.set_gid(name)
+        name_style = {"ha": "right", "color": row_color(name), "weight": "bold"}
+        _write_beside(ax, (0, position), -8, name, name_style)
+        _write_beside(ax, (1, position), 8, f"{strip.sum():.1f}", {"color": _INK})
+        if num_layers <= 32:
+            _write_shares(ax, share_L, position, shades)
+    _write_beside(ax, (1, -0.75), 8, "mean", {"color": _GREY})
+    _finish_axes(ax, "", "Layer")
+    ax.grid(False)
+    ax.spines["bottom"].set_visible(False)
+    ax.set_yticks([])
+    ax.set_xlim(-0.5, num_layers - 0.5)
+    ax.set_ylim(len(frequency) - 0.5, -0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    _title(figure, "Which layers are pruned", "Share of queries, in %; right: pruned layers per query.")
+    return figure
+
+
+def layers_pruned(frequency: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Writes the figure of `build_layers_pruned` to `path`."""
+    _save(build_layers_pruned(frequency), path)
+
+
+def _is_static(name: str) -> bool:
+    return name.startswith("static")
+
+
+def _pick(choices: Sequence[str], name: str) -> str:
+    # Python's own hash of a string differs from run to run.
+    return choices[zlib.crc32(name.encode()) % len(choices)]
+
+
+def _marker(name: str) -> str:
+    return _MARKERS.get(name) or ("o" if _is_static(name) else _pick(_OTHER_MARKERS, name))
+
+
+def _speedup(row: TableRow) -> float:
+    return row.nominal_speedup if row.measured_speedup is None else row.measured_speedup.median
+
+
+def _join_static_rows(ax: Axes, rows: Sequence[TableRow], score: str) -> list[npt.NDArray[np.float64]]:
+    """Draws a line from the original through the static rows of each family, in order of pruned layers."""
+    origin = [row for row in rows if row.name == "original"]
+    families: dict[str, list[TableRow]] = {}
+    for row in sorted(rows, key=lambda row: row.mean_pruned_layers):
+        if _is_static(row.name):
+            families.setdefault(re.sub(r"-?\d+$", "", row.name), list(origin)).append(row)
+    segments = []
+    for family, members in families.items():
+        points = np.array([[100 * _speedup(r), score_scale(score) * r.scores[score].mean] for r in members])
+        ax.plot(*points.T, color=_GREY, lw=1.4, alpha=0.7, zorder=2, gid=f"{family}/line")
+        segments += [points[i : i + 2] for i in range(len(points) - 1)]
+    return segments
+
+
+def _has_companion(row: TableRow) -> bool:
+    return row.measured_speedup is not None and abs(row.nominal_speedup - row.measured_speedup.median) > 1e-6
+
+
+def _draw_row(ax: Axes, row: TableRow, y: float, low: float, high: float) -> list[npt.NDArray[np.float64]]:
+    """Draws the marker, the bars and the nominal companion of a row; gives the bars as segments."""
+    x, color, measured = 100 * _speedup(row), row_color(row.name), row.measured_speedup
+    bars = {"score": np.array([[x, low], [x, high]])}
+    if measured is not None:
+        bars["measured"] = np.array([[100 * measured.low, y], [100 * measured.high, y]])
+    for kind, ends in bars.items():
+        ax.plot(*ends.T, color=color, lw=1.1, alpha=0.55, zorder=3, gid=f"{row.name}/{kind}")
+    if _has_companion(row):
+        at, marker = 100 * row.nominal_speedup, _marker(row.name)
+        ax.plot([x, at], [y, y], color=color, lw=0.9, ls=(0, (1, 2.5)), alpha=0.5, zorder=1)
+        ax.plot([at], [y], marker, ms=6, mfc=color, mec="none", alpha=0.28, gid=f"{row.name}/nominal")
+    face, edge = ("white", color) if measured is None else (color, "white")
+    ax.plot([x], [y], _marker(row.name), ms=8, mfc=face, mec=edge, mew=1.2, zorder=5, gid=row.name)
+    return list(bars.values())
+
+
+def _draw_errors(ax: Axes, error_L: npt.NDArray[np.float64]) -> None:
+    positive = error_L[error_L > 0]
+    floor, ceiling = (positive.min() / 2, positive.max()) if positive.size else (1e-12, 1.0)
+    ax.set_yscale("log")
+    ax.set_ylim(floor, ceiling * (ceiling / floor) ** 0.2)
+    worst = np.argsort(-error_L, kind="stable")[: min(4, error_L.size)]
+    layers = np.arange(error_L.size)
+    colors = [_COLORS["router-dpo"] if layer in worst else _COLORS["router-fbc"] for layer in layers]
+    ax.vlines(layers, floor, np.maximum(error_L, floor), colors=colors, lw=1.6, alpha=0.45, zorder=2)
+    ax.scatter(layers, np.maximum(error_L, floor), s=30, c=colors, zorder=3, gid="errors")
+    for layer in worst:
+        ax.annotate(
+            f"{layer}",
+            (layer, max(error_L[layer], floor)),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9.5,
+            weight="bold",
+            color=_COLORS["router-dpo"],
+        )
+
+
+def _write_beside(
+    ax: Axes, at: tuple[float, float], offset_pt: float, text: str, style: dict[str, Any]
+) -> None:
+    """Writes beside a strip: `at` is a share of the axes' width and a strip's position."""
+    ax.annotate(
+        text,
+        at,
+        xycoords=ax.get_yaxis_transform(),
+        xytext=(offset_pt, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9.5,
+        **style,
+    )
+
+
+def _write_shares(ax: Axes, share_L: Sequence[float], position: int, shades: Colormap) -> None:
+    for layer, share in enumerate(share_L):
+        if 0.005 <= share < 0.995:
+            luma = float(np.dot(shades(share)[:3], (0.299, 0.587, 0.114)))
+            ink = "white" if luma < 0.6 else _INK
+            ax.text(layer, position, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
+
+
+def _fix_limits(ax: Axes) -> None:
+    """Sets the limits for good, since labels are placed in pixels; never zooms in on less than two points."""
+    ax.margins(x=0.07, y=0.08)
+    for limits, set_limits, axis in (
+        (ax.get_xlim(), ax.set_xlim, ax.xaxis),
+        (ax.get_ylim(), ax.set_ylim, ax.yaxis),
+    ):
+        missing = max(0.0, 2.0 - (limits[1] - limits[0]))
+        set_limits(limits[0] - missing / 2, limits[1] + missing / 2)
+        axis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
+
+
+def _canvas(height: float, **margins: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI / 2, facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.add_subplot()
+    figure.subplots_adjust(**margins)
+    return figure, ax
+
+
+def _finish_axes(ax: Axes, y_label: str, x_label: str, grid: Literal["both", "x", "y"] = "both") -> None:
+    ax.set_ylabel(y_label, color=_INK, fontsize=10)
+    ax.set_xlabel(x_label, color=_INK, fontsize=10)
+    ax.tick_params(colors=_GREY, labelsize=9, length=0, which="both")
+    ax.grid(color=_FAINT, lw=0.8, axis=grid)
+    ax.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(_GREY)
+
+
+def _title(figure: Figure, title: str, subtitle: str) -> None:
+    height = figure.get_size_inches()[1]
+    figure.text(0.02, 1 - 0.17 / height, title, ha="left", va="top", fontsize=13, weight="bold", color=_INK)
+    figure.text(0.02, 1 - 0.45 / height, subtitle, ha="left", va="top", fontsize=9.5, color=_GREY)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, metadata={"Software": None} if path.suffix == ".png" else None)

@@ -1,0 +1,268 @@
+"""Intervals and paired comparisons of per-query scores.
+
+- Shares (all values 0 or 1): the Wilson score interval (Wilson 1927), which keeps its coverage at 0, at 1
+  and for small n.
+- Means of other scores, and mean differences: the bias-corrected and accelerated bootstrap (BCa, Efron
+  1987).
+- Medians: the percentile bootstrap, since BCa's jackknife acceleration is not consistent for a median.
+- Paired 0/1 scores: McNemar's exact test, a two-sided binomial test on the queries on which the rows
+  disagree.
+- Several comparisons: Holm's step-down correction (Holm 1979).
+
+Every function is deterministic: the bootstrap draws from a generator with a fixed seed.
+
+Where all values are the same, n = 1 included, each resample is the sample itself and the bootstrap has
+nothing to say. The interval then collapses onto the estimate; its width of 0 is a limit of the method, not
+evidence of certainty. (Shares are not concerned: Wilson's interval has a width there.)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import bootstrap
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+CONFIDENCE = 0.95
+_RESAMPLES = 9999
+_BATCH = 500  # Resamples drawn at once: bounds the memory at _BATCH * n numbers.
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval, all three in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MedianInterval:
+    """A median with its confidence interval, all three in the unit of the values."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """What two rows' scores on the same queries say about each other.
+
+    Attributes:
+        difference: Mean of ``a - b`` over queries.
+        wins: Queries on which ``a`` scores higher.
+        losses: Queries on which ``b`` scores higher.
+        p_value: McNemar's exact two-sided p for 0/1 scores; ``None`` for other scores.
+    """
+
+    difference: Interval
+    wins: int
+    losses: int
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table compared with another on the same queries.
+
+    Attributes:
+        row: Name of the row.
+        baseline: Name of the row that it is compared with.
+        score: Name of the score.
+        n: Number of queries.
+        difference: Mean of the row's score minus the baseline's.
+        wins: Queries on which the row scores higher.
+        losses: Queries on which the baseline scores higher.
+        p_value: McNemar's exact two-sided p for 0/1 scores; ``None`` for other scores.
+        p_holm: `p_value` corrected for all comparisons made together; ``None`` where that is ``None``.
+    """
+
+    row: str
+    baseline: str
+    score: str
+    n: int
+    difference: Interval
+    wins: int
+    losses: int
+    p_value: float | None
+    p_holm: float | None
+
+
+def mean_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
+    """Mean with its interval: Wilson's for 0/1 values, else BCa.
+
+    Args:
+        values: One value per query.
+        confidence: Coverage, between 0 and 1.
+        seed: Seed of the bootstrap; no effect on 0/1 values.
+
+    Returns:
+        The interval; for constant values that are not 0/1 it collapses onto the mean (module docstring).
+
+    Raises:
+        ValueError: There are no values, one is not finite, or `confidence` is not between 0 and 1.
+    """
+    sample = _sample(values, confidence)
+    if _is_binary(sample):
+        low, high = proportion_confint(int(sample.sum()), sample.size, alpha=1 - confidence, method="wilson")
+        return Interval(float(sample.mean()), float(low), float(high))
+    return _bca(sample, confidence, seed)
+
+
+def median_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0) -> MedianInterval:
+    """Median with its percentile-bootstrap interval, for speedups and times.
+
+    Args:
+        values: One value per query.
+        confidence: Coverage, between 0 and 1.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The interval; for constant values it collapses onto the median (module docstring).
+
+    Raises:
+        ValueError: There are no values, one is not finite, or `confidence` is not between 0 and 1.
+    """
+    sample = _sample(values, confidence)
+    low, high = _bootstrap(sample, "median", confidence, seed)
+    return MedianInterval(float(np.median(sample)), low, high)
+
+
+def paired_difference(
+    a: npt.ArrayLike, b: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0
+) -> PairedDifference:
+    """Compares two rows' scores on the same queries.
+
+    Args:
+        a: One score per query.
+        b: The other row's scores, in the same order of queries.
+        confidence: Coverage of the difference's interval, between 0 and 1.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The mean difference with its BCa interval over queries, and McNemar's exact p where all are 0/1.
+
+    Raises:
+        ValueError: The two have different lengths, or one is not a sample (see `mean_interval`).
+    """
+    sample_a, sample_b = _sample(a, confidence), _sample(b, confidence)
+    if sample_a.size != sample_b.size:
+        raise ValueError(
+            f"A paired comparison needs two scores for each query, but one row has {sample_a.size} scores and "
+            f"the other {sample_b.size}; evaluate both rows on the same queries."
+        )
+    wins, losses = int((sample_a > sample_b).sum()), int((sample_a < sample_b).sum())
+    p_value = None
+    if _is_binary(sample_a) and _is_binary(sample_b):
+        # Only the discordant cells enter the exact test.
+        p_value = float(mcnemar([[0, wins], [losses, 0]], exact=True).pvalue)
+    return PairedDifference(_bca(sample_a - sample_b, confidence, seed), wins, losses, p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrects p values of tests made together, by Holm's step-down method.
+
+    Args:
+        p_values: Uncorrected p values.
+
+    Returns:
+        The corrected p values in the same order: comparing them with a level α keeps the chance of any false
+        rejection at or below α.
+    """
+    if not p_values:
+        return []
+    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+
+
+def compare(
+    scores: Mapping[str, npt.ArrayLike],
+    pairs: Sequence[tuple[str, str]],
+    score: str,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Compares pairs of rows on one score; all pairs together are one family for Holm's correction.
+
+    Args:
+        scores: The scores of each row, by its name; one per query, in the same order of queries.
+        pairs: Names ``(row, baseline)`` to compare.
+        score: Name of the score, kept in the result.
+        confidence: Coverage of the differences' intervals, between 0 and 1.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        One comparison a pair, in the order of `pairs`.
+
+    Raises:
+        ValueError: A pair names a row without scores, or two rows do not have the same number of scores.
+    """
+    for name in (name for pair in pairs for name in pair):
+        if name not in scores:
+            raise ValueError(f"There is no row {name!r} to compare; the rows are {', '.join(scores)}.")
+    results = [paired_difference(scores[row], scores[baseline], confidence, seed) for row, baseline in pairs]
+    tested = [i for i, result in enumerate(results) if result.p_value is not None]
+    p_holm = dict(zip(tested, holm([p for r in results if (p := r.p_value) is not None]), strict=True))
+    return [
+        Comparison(
+            row=row,
+            baseline=baseline,
+            score=score,
+            n=np.size(scores[row]),
+            difference=result.difference,
+            wins=result.wins,
+            losses=result.losses,
+            p_value=result.p_value,
+            p_holm=p_holm.get(i),
+        )
+        for i, ((row, baseline), result) in enumerate(zip(pairs, results, strict=True))
+    ]
+
+
+def _bca(sample: npt.NDArray[np.float64], confidence: float, seed: int) -> Interval:
+    low, high = _bootstrap(sample, "mean", confidence, seed)
+    return Interval(float(sample.mean()), low, high)
+
+
+def _bootstrap(
+    sample: npt.NDArray[np.float64], statistic: Literal["mean", "median"], confidence: float, seed: int
+) -> tuple[float, float]:
+    function, method = (np.mean, "BCa") if statistic == "mean" else (np.median, "percentile")
+    # Differences such as 0.3 - 0.2 and 0.4 - 0.3 are equal but for rounding, which is no spread to resample.
+    if np.ptp(sample) <= 1e-12 * max(1.0, float(np.abs(sample).max())):
+        return float(function(sample)), float(function(sample))
+    result = bootstrap(
+        (sample,),
+        function,
+        confidence_level=confidence,
+        n_resamples=_RESAMPLES,
+        batch=_BATCH,
+        method=method,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _sample(values: npt.ArrayLike, confidence: float) -> npt.NDArray[np.float64]:
+    sample = np.asarray(values, dtype=np.float64).ravel()
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"The confidence of an interval lies between 0 and 1 (0.95 by default), not {confidence}."
+        )
+    if not sample.size:
+        raise ValueError("An interval needs the value of at least one query, but the sample is empty.")
+    if not np.isfinite(sample).all():
+        index = int(np.flatnonzero(~np.isfinite(sample))[0])
+        raise ValueError(
+            f"An interval needs finite values, but the value of query {index} is {sample[index]}."
+        )
+    return sample
+
+
+def _is_binary(sample: npt.NDArray[np.float64]) -> bool:
+    return bool(np.isin(sample, (0.0, 1.0)).all())

@@ -1,0 +1,324 @@
+"""The results table: its rows, and how they are written for programs, for people and for the terminal.
+
+Scores and speedups are kept as shares (0.542) and shown as percentages (54.2); `partial_match` has the
+scale of the original code (10 for a perfect answer, -5 for a malformed one) and is shown as it is.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.table
+from rich import box
+from rich.text import Text
+
+from dynprune.atomic import replacing
+from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval
+
+SCORES = {
+    "json_match": "JSON match",
+    "ast_match": "AST match",
+    "parse_rate": "Parsed",
+    "ratio_function_calls": "Calls right",
+    "partial_match": "Partial match",
+}
+_NOT_SHARES = {"partial_match"}
+_MAIN_SCORES = ("json_match", "ast_match")
+_SPEEDUPS = ("measured_speedup", "prefill_speedup", "decode_speedup", "seconds")
+_ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """What one way to prune did on the test queries.
+
+    Attributes:
+        name: Name of the row, such as ``original``, ``static-2``, ``router-dpo``.
+        n: Number of queries behind the scores.
+        scores: Mean and interval of each score; at least those of `SCORES`, others may follow.
+        mean_pruned_layers: Pruned layers, averaged over queries.
+        nominal_speedup: Share of layers saved, the router's cost taken off.
+        measured_speedup: Share of the time saved, or ``None`` if nothing was timed.
+        prefill_speedup: The same for the prompt alone.
+        decode_speedup: The same for the generated tokens alone.
+        seconds: Time of one query, in seconds.
+        timed: Number of queries behind the measured figures.
+        truncated: Number of outputs that the token limit cut off.
+    """
+
+    name: str
+    n: int
+    scores: Mapping[str, Interval]
+    mean_pruned_layers: float
+    nominal_speedup: float
+    measured_speedup: MedianInterval | None = None
+    prefill_speedup: MedianInterval | None = None
+    decode_speedup: MedianInterval | None = None
+    seconds: MedianInterval | None = None
+    timed: int = 0
+    truncated: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the scores.
+
+        Raises:
+            ValueError: A score of `SCORES` is missing.
+        """
+        if missing := [name for name in SCORES if name not in self.scores]:
+            raise ValueError(
+                f"Row {self.name!r} of the table lacks the scores {', '.join(missing)}; a row has all of "
+                f"{', '.join(SCORES)}."
+            )
+
+
+def score_label(name: str) -> str:
+    """A score's name as people read it: ``ast_match`` is "AST match"."""
+    return SCORES.get(name, name.replace("_", " ").capitalize())
+
+
+def score_scale(name: str) -> float:
+    """What a score is multiplied by to be shown: 100 for a share, 1 for another scale."""
+    return 1.0 if name in _NOT_SHARES else 100.0
+
+
+def count_label(rows: Sequence[TableRow]) -> str:
+    """The number of queries behind the rows, as people read it: "n = 200"."""
+    counts = sorted({row.n for row in rows})
+    return (
+        f"n = {counts[0]}"
+        if len(counts) == 1
+        else f"n = {counts[0]} to {counts[-1]}"
+        if counts
+        else "no rows"
+    )
+
+
+def write_table(
+    rows: Sequence[TableRow],
+    folder: Path,
+    machine: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    config: Mapping[str, Any],
+    comparisons: Sequence[Comparison] = (),
+) -> None:
+    """Writes ``table.json``, ``table.csv`` and ``table.md``, each complete or not at all.
+
+    Args:
+        rows: Rows, in the order to show.
+        folder: Folder to write into; created where it is missing.
+        machine: What `dynprune.evaluation.machine.describe_machine` says.
+        versions: What `dynprune.evaluation.machine.versions` says.
+        config: The resolved config that the numbers come from.
+        comparisons: Paired comparisons between rows.
+    """
+    document = {
+        "rows": [_record(row) for row in rows],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "machine": machine,
+        "versions": versions,
+        "config": config,
+    }
+    texts = {
+        "table.json": json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "table.csv": _csv(rows),
+        "table.md": _markdown(rows, comparisons, machine, versions),
+    }
+    with ExitStack() as stack:  # All three are written before the first replaces its predecessor.
+        for name, text in texts.items():
+            stack.enter_context(replacing(folder / name)).write_text(text, encoding="utf-8", newline="")
+
+
+def render_table(rows: Sequence[TableRow]) -> rich.table.Table:
+    """The main columns for a terminal of 80 columns, each interval under its number.
+
+    Args:
+        rows: Rows, in the order to show.
+
+    Returns:
+        The table, to be printed by a rich console.
+    """
+    table = rich.table.Table(
+        title=f"Accuracy and speedup, {count_label(rows)}",
+        caption="% with 95% intervals; cut: outputs that reached the token limit",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("row", no_wrap=True)
+    for header in ("JSON match", "AST match", "layers", "nominal", "measured", "cut"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        main = [_stacked(row.scores[name], score_scale(name)) for name in _MAIN_SCORES]
+        table.add_row(
+            Text(row.name, style="bold"),
+            *main,
+            _number(row.mean_pruned_layers),
+            _number(100 * row.nominal_speedup),
+            _stacked(row.measured_speedup, 100),
+            str(row.truncated),
+        )
+    return table
+
+
+def _record(row: TableRow) -> dict[str, Any]:
+    record = asdict(row)
+    scores = record.pop("scores")
+    return {"name": record.pop("name"), "n": record.pop("n"), **scores, **record}
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types: NaN and infinities become null, and what JSON does not know its text."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _csv(rows: Sequence[TableRow]) -> str:
+    flat_rows = []
+    for row in rows:
+        flat: dict[str, Any] = {}
+        for key, value in _record(row).items():
+            if key in row.scores or key in _SPEEDUPS:
+                center = "mean" if key in row.scores else "median"
+                value = value or {}
+                flat |= {
+                    key: value.get(center),
+                    f"{key}_low": value.get("low"),
+                    f"{key}_high": value.get("high"),
+                }
+            else:
+                flat[key] = value
+        flat_rows.append(_plain(flat))
+    # A dict, not a set, keeps the order of the columns.
+    columns = list(dict.fromkeys(key for flat in flat_rows for key in flat))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat_rows)
+    return text.getvalue()
+
+
+def _markdown(
+    rows: Sequence[TableRow],
+    comparisons: Sequence[Comparison],
+    machine: Mapping[str, Any],
+    versions: Mapping[str, Any],
+) -> str:
+    blocks = [
+        f"**Accuracy and speedup**, {count_label(rows)}, 95% intervals in brackets.",
+        _main_table(rows),
+        "**More scores.** Truncated: outputs that reached the token limit.",
+        _score_table(rows),
+    ]
+    if any(row.timed for row in rows):
+        blocks += ["**Time**: medians over queries.", _time_table(rows)]
+    if comparisons:
+        blocks += ["**Comparisons**, paired by query. p: McNemar, exact; Holm: corrected for all of them."]
+        blocks += [_comparison_table(comparisons)]
+    blocks += [f"Machine: {_listed(machine)}.", f"Versions: {_listed(versions)}."]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _main_table(rows: Sequence[TableRow]) -> str:
+    header = [
+        "Row",
+        *map(_header, _MAIN_SCORES),
+        "Layers pruned",
+        "Nominal speedup, %",
+        "Measured speedup, %",
+    ]
+    lines = []
+    for row in rows:
+        speedups = [_number(100 * row.nominal_speedup), _cell(row.measured_speedup, 100)]
+        scores = [_score(row, name) for name in _MAIN_SCORES]
+        lines.append([row.name, *scores, _number(row.mean_pruned_layers), *speedups])
+    return _grid(header, lines)
+
+
+def _score_table(rows: Sequence[TableRow]) -> str:
+    names = [
+        name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in _MAIN_SCORES
+    ]
+    lines = [
+        [row.name, str(row.n), *(_score(row, name) for name in names), str(row.truncated)] for row in rows
+    ]
+    return _grid(["Row", "n", *map(_header, names), "Truncated"], lines)
+
+
+def _time_table(rows: Sequence[TableRow]) -> str:
+    header = ["Row", "Timed queries", "Prefill speedup, %", "Decode speedup, %", "Seconds per query"]
+    lines = []
+    for row in rows:
+        speedups = [_cell(row.prefill_speedup, 100), _cell(row.decode_speedup, 100)]
+        lines.append([row.name, str(row.timed), *speedups, _cell(row.seconds, 1, digits=2)])
+    return _grid(header, lines)
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> str:
+    lines = []
+    for c in comparisons:
+        difference = _cell(c.difference, score_scale(c.score))
+        counts = [f"{c.wins} of {c.n}", f"{c.losses} of {c.n}"]
+        p_values = [_p_value(c.p_value), _p_value(c.p_holm)]
+        lines.append([c.row, c.baseline, score_label(c.score), difference, *counts, *p_values])
+    return _grid(["Row", "Against", "Score", "Difference, points", "Better", "Worse", "p", "p (Holm)"], lines)
+
+
+def _grid(header: list[str], lines: list[list[str]]) -> str:
+    def join(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |"
+    return "\n".join([join(header), rule, *(join(line) for line in lines)])
+
+
+def _header(score: str) -> str:
+    return score_label(score) + (", %" if score_scale(score) == 100 else "")
+
+
+def _score(row: TableRow, name: str) -> str:
+    return _cell(row.scores.get(name), score_scale(name))
+
+
+def _parts(interval: Interval | MedianInterval | None, scale: float, digits: int = 1) -> tuple[str, str]:
+    if interval is None:
+        return _ABSENT, ""
+    center = interval.mean if isinstance(interval, Interval) else interval.median
+    low, high = (_number(scale * bound, digits) for bound in (interval.low, interval.high))
+    return _number(scale * center, digits), f"[{low}, {high}]"
+
+
+def _cell(interval: Interval | MedianInterval | None, scale: float, digits: int = 1) -> str:
+    return " ".join(_parts(interval, scale, digits)).rstrip()
+
+
+def _stacked(interval: Interval | MedianInterval | None, scale: float) -> Text:
+    center, bounds = _parts(interval, scale)
+    return Text.assemble(center, "\n", (bounds, "dim")) if bounds else Text(center)
+
+
+def _number(value: float, digits: int = 1) -> str:
+    # Adding 0.0 turns the -0.0 of a rounded tiny negative into 0.0.
+    return f"{round(value, digits) + 0.0:.{digits}f}" if math.isfinite(value) else _ABSENT
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return _ABSENT
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _listed(items: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in items.items() if value is not None)

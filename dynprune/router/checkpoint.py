@@ -1,0 +1,94 @@
+"""Saving and loading a router: ``router.safetensors`` for the weights and ``router.json`` for all that rebuilds it."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from dynprune.router.encoder import TextEncoder
+from dynprune.router.router import Router
+
+_WEIGHTS = "router.safetensors"
+_DESCRIPTION = "router.json"
+_ENCODER = "encoder."
+
+
+def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:
+    """Writes a router, replacing the one in the folder.
+
+    The encoder's weights are written only if they were trained; otherwise its name and revision stand for them. The folder
+    is written under a temporary name and then renamed: it never holds a part of a router, or parts of two.
+
+    Args:
+        router: The router.
+        folder: Folder of its own for the router; what else it holds is lost.
+        extra: JSON values to keep beside it, such as ``{"policy": policy.config()}``.
+    """
+    encoder = router.encoder
+    weights = {
+        name: tensor.detach().contiguous()
+        for name, tensor in router.state_dict().items()
+        if encoder.trainable or not name.startswith(_ENCODER)
+    }
+    description = {
+        "num_layers": router.num_layers,
+        "head_hidden_dim": router.head_hidden_dim,
+        "log_std_min": router.log_std_min,
+        "log_std_max": router.log_std_max,
+        "encoder": {
+            "name_or_path": encoder.name_or_path,
+            "revision": encoder.revision,
+            "max_length": encoder.max_length,
+            "trainable": encoder.trainable,
+        },
+        "embedding_size": encoder.size,
+        "extra": extra,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        save_file(weights, new / _WEIGHTS)
+        (new / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+
+
+def load_router(folder: Path) -> tuple[Router, dict[str, Any]]:
+    """Reads what `save_router` wrote.
+
+    Args:
+        folder: The router's folder.
+
+    Returns:
+        The router, in evaluation mode on the CPU, and the extra values.
+
+    Raises:
+        ValueError: If the folder holds no router, its files do not belong together, or the encoder cannot be had.
+    """
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        weights = load_file(folder / _WEIGHTS)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, as stage=router writes it"
+        ) from error
+    encoder = TextEncoder(**description["encoder"])
+    if encoder.size != description["embedding_size"]:
+        raise ValueError(
+            f"{folder / _DESCRIPTION}: the router was trained on embeddings of size {description['embedding_size']}, but "
+            f"{encoder.name_or_path!r} gives {encoder.size}; allowed: the encoder and revision that it was trained with"
+        )
+    sizes = ("num_layers", "head_hidden_dim", "log_std_min", "log_std_max")
+    router = Router(encoder, **{key: description[key] for key in sizes})
+    missing, unexpected = router.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if encoder.trainable or not name.startswith(_ENCODER)] + unexpected
+    if wrong:
+        raise ValueError(
+            f"{folder / _WEIGHTS} does not belong to {_DESCRIPTION} beside it: {wrong[0]!r} is in only one of the two; "
+            f"allowed: both files from one run"
+        )
+    return router.eval(), description["extra"]

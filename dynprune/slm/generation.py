@@ -1,0 +1,204 @@
+"""Greedy generation with a configuration for each row, sped up by verifying drafts.
+
+Greedy decoding under a configuration gives a known continuation exactly when each of its tokens is the most likely one given
+the tokens before it. So a draft, usually what another configuration answered to the same query, costs one pass over prompt
+and draft: where the row agrees with all of it, the draft is its output; where it departs from it, the agreed tokens are what it
+would have generated, and decoding goes on from there. The outputs are those of plain greedy decoding; in floating point a
+near-tie can fall the other way, since a pass over many tokens rounds differently from a pass over one.
+
+Shapes: B = rows still in the batch, R = all rows, T = tokens in the cache, N = new tokens, V = vocabulary, L = layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dynprune.slm.loading import SLM
+from dynprune.slm.pruning import LayerPruner
+
+# Compacting the batch copies its cache, which costs about as much as one decoding step.
+_COMPACT_BELOW = 0.75
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What one row generated.
+
+    Attributes:
+        token_ids: The tokens, without the stop token.
+        truncated: Whether the token limit came before the stop token.
+        accepted: How many of the tokens were taken over from the draft.
+    """
+
+    token_ids: tuple[int, ...]
+    truncated: bool
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row to generate: a prompt under a configuration, with a draft where there is one."""
+
+    prompt: tuple[int, ...]
+    pruned_layers: tuple[int, ...]
+    draft: Continuation | None = None
+
+
+def generate_all(
+    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int, batch_size: int
+) -> Iterator[tuple[int, Continuation]]:
+    """Generates requests in batches of similar length.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner, entered.
+        requests: What to generate.
+        max_new_tokens: Limit of each continuation, its stop token included.
+        batch_size: Rows generated together, at most.
+
+    Yields:
+        The position of a request and its continuation, longest prompts first.
+    """
+
+    def length(position: int) -> int:
+        request = requests[position]
+        return len(request.prompt) + (len(request.draft.token_ids) if request.draft else 0)
+
+    # Longest first: if a batch does not fit the memory, that shows at once.
+    order = sorted(range(len(requests)), key=length, reverse=True)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        yield from zip(
+            chunk, generate(slm, pruner, [requests[p] for p in chunk], max_new_tokens), strict=True
+        )
+
+
+@torch.inference_mode()
+def generate(
+    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int
+) -> list[Continuation]:
+    """Continues prompts greedily as one batch, each row under its own configuration.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner, entered; it is left with the configurations of some of the rows.
+        requests: The R rows.
+        max_new_tokens: Limit of each continuation, its stop token included.
+
+    Returns:
+        The continuations, in the order of the requests.
+    """
+    drafts = _usable_drafts(slm, requests, max_new_tokens)
+    mask_BL = torch.zeros(len(requests), slm.num_layers, dtype=torch.bool)
+    for row, request in enumerate(requests):
+        mask_BL[row, list(request.pruned_layers)] = True
+    pruner.prune(mask_BL)
+    batch, following_B, agreed_R = _prefill(slm, requests, drafts)
+
+    rows_B = torch.arange(len(requests), device=slm.device)
+    stop_ids = torch.tensor(slm.stop_ids, device=slm.device)
+    said_RN = torch.zeros(len(requests), max_new_tokens, dtype=torch.long, device=slm.device)
+    for row, (draft, agreed) in enumerate(zip(drafts, agreed_R.tolist(), strict=True)):
+        said_RN[row, :agreed] = torch.tensor(draft[:agreed], dtype=torch.long)
+    length_R = agreed_R.clone()
+    live_R = length_R < max_new_tokens
+    stopped_R = torch.zeros_like(live_R)
+    while True:
+        stopped_R[rows_B] |= torch.isin(following_B, stop_ids) & live_R[rows_B]
+        live_R &= ~stopped_R
+        growing = rows_B[live_R[rows_B]]
+        said_RN[growing, length_R[growing]] = following_B[live_R[rows_B]]
+        length_R[growing] += 1
+        live_R &= length_R < max_new_tokens
+        left = live_R[rows_B].nonzero()[:, 0]
+        if not len(left):
+            break
+        if len(left) <= _COMPACT_BELOW * len(rows_B):
+            mask_BL = pruner.select_rows(batch.cache, mask_BL, left)
+            batch.select_rows(left)
+            rows_B = rows_B[left]
+        following_B = batch.step(slm, said_RN[rows_B, length_R[rows_B] - 1])
+    return [
+        Continuation(tuple(ids[:length]), truncated=not stopped, accepted=agreed)
+        for ids, length, stopped, agreed in zip(
+            said_RN.tolist(), length_R.tolist(), stopped_R.tolist(), agreed_R.tolist(), strict=True
+        )
+    ]
+
+
+@dataclass
+class _Batch:
+    """The rows being decoded: their cache, which of its slots they may look at, and their next positions."""
+
+    cache: DynamicCache
+    attention_BT: Tensor
+    position_B: Tensor
+
+    def step(self, slm: SLM, token_B: Tensor) -> Tensor:
+        """Appends a token to each row and gives the most likely next ones."""
+        self.attention_BT = torch.cat([self.attention_BT, self.attention_BT.new_ones(len(token_B), 1)], dim=1)
+        logits_B1V = slm.model(
+            input_ids=token_B[:, None],
+            attention_mask=self.attention_BT,
+            position_ids=self.position_B[:, None],
+            cache=self.cache,
+            use_cache=True,
+        ).logits
+        self.position_B = self.position_B + 1
+        return logits_B1V[:, -1].argmax(dim=-1)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Drops all other rows; the cache is the pruner's to cut."""
+        self.attention_BT = self.attention_BT[rows]
+        self.position_B = self.position_B[rows]
+
+
+def _prefill(
+    slm: SLM, requests: Sequence[Request], drafts: Sequence[tuple[int, ...]]
+) -> tuple[_Batch, Tensor, Tensor]:
+    """One pass over prompts and drafts.
+
+    Returns:
+        The batch, the next token of each row, and how many tokens of its draft each row agrees with.
+    """
+    sequences = [(*request.prompt, *draft) for request, draft in zip(requests, drafts, strict=True)]
+    width = max(len(sequence) for sequence in sequences)
+    pad = slm.tokenizer.pad_token_id
+    ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=slm.device)
+    attention_BT = torch.tensor(
+        [[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=slm.device
+    )
+    cache = DynamicCache()
+    keep = max(len(draft) for draft in drafts) + 1
+    logits_BKV = slm.model(
+        input_ids=ids_BT,
+        attention_mask=attention_BT,
+        position_ids=(attention_BT.cumsum(dim=1) - 1).clamp(min=0),
+        cache=cache,
+        use_cache=True,
+        logits_to_keep=keep,
+    ).logits
+    likeliest = logits_BKV.argmax(dim=-1).tolist()
+    agreed, following = [], []
+    for row, draft in enumerate(drafts):
+        predicted = likeliest[row][keep - 1 - len(draft) :]
+        count = next((i for i, token in enumerate(draft) if predicted[i] != token), len(draft))
+        agreed.append(count)
+        following.append(predicted[count])
+        # The rest of the draft is not what this row says: nothing may look at its slots.
+        attention_BT[row, width - len(draft) + count :] = 0
+    agreed_B = torch.tensor(agreed, device=slm.device)
+    position_B = torch.tensor([len(request.prompt) for request in requests], device=slm.device) + agreed_B
+    return _Batch(cache, attention_BT, position_B), torch.tensor(following, device=slm.device), agreed_B
+
+
+def _usable_drafts(slm: SLM, requests: Sequence[Request], max_new_tokens: int) -> list[tuple[int, ...]]:
+    """The drafts' tokens; none where a sliding window would count the slots of a rejected draft as positions."""
+    window = getattr(slm.model.config.get_text_config(), "sliding_window", None)
+    longest = max(len(request.prompt) for request in requests) + 2 * max_new_tokens
+    if window is not None and longest > window:
+        return [()] * len(requests)
+    return [request.draft.token_ids[:max_new_tokens] if request.draft else () for request in requests]

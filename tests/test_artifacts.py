@@ -1,0 +1,342 @@
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from threading import BrokenBarrierError
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dynprune.artifacts import Store, fingerprint
+
+SPAWN = multiprocessing.get_context("spawn")
+INPUTS = {
+    "stage": "explore",
+    "version": 1,
+    "config": {"strategy": "dfs", "limit": 20},
+    "data": {"name": "bfcl", "ids": ["a", "b"]},
+    "upstream": {"adapters": "0123456789abcdef"},
+}
+
+
+def write_answer(folder: Path) -> dict[str, int]:
+    (folder / "answer.txt").write_text("42")
+    return {"answers": 1}
+
+
+def must_not_build(folder: Path) -> dict[str, int]:
+    raise AssertionError("built again")
+
+
+def get(root: Path, build=write_answer, resumable=True, rank=0, **changed):
+    distributed = changed.pop("distributed", False)
+    return Store(root, rank).get_or_build(
+        **(INPUTS | changed), build=build, resumable=resumable, distributed=distributed
+    )
+
+
+# Fingerprints
+
+repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+json_floats = st.floats(allow_nan=False, allow_infinity=False)
+json_leaves = st.none() | st.booleans() | st.integers() | json_floats | st.text()
+json_values = st.recursive(
+    json_leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+json_mappings = st.dictionaries(st.text(), json_values, max_size=4)
+
+
+def test_the_fingerprint_is_the_sha256_of_sorted_compact_json():
+    text = (
+        b'{"config":{"a":[1,null],"lr":0.001},"data":{"name":"bfcl"},'
+        b'"stage":"router","upstream":{"pairs":"ff"},"version":3}'
+    )
+    found = fingerprint("router", 3, {"lr": 1e-3, "a": (1, None)}, {"name": "bfcl"}, {"pairs": "ff"})
+    assert found == hashlib.sha256(text).hexdigest()[:16]
+
+
+def reordered(value, rng):
+    if isinstance(value, dict):
+        items = [(key, reordered(item, rng)) for key, item in value.items()]
+        rng.shuffle(items)
+        return dict(items)
+    return [reordered(item, rng) for item in value] if isinstance(value, list) else value
+
+
+@repeatable
+@given(json_mappings, st.randoms(use_true_random=False))
+def test_the_order_of_keys_does_not_matter_at_any_depth(config, rng):
+    assert fingerprint("s", 1, config, {}, {}) == fingerprint("s", 1, reordered(config, rng), {}, {})
+
+
+@repeatable
+@given(json_mappings, json_mappings)
+def test_different_configurations_have_different_fingerprints(one, other):
+    # repr tells 1, 1.0 and True apart, which == does not.
+    assume(repr(reordered_by_key(one)) != repr(reordered_by_key(other)))
+    assert fingerprint("s", 1, one, {}, {}) != fingerprint("s", 1, other, {}, {})
+    assert fingerprint("s", 1, {}, one, {}) != fingerprint("s", 1, {}, other, {})
+
+
+def reordered_by_key(value):
+    if isinstance(value, dict):
+        return {key: reordered_by_key(value[key]) for key in sorted(value)}
+    return [reordered_by_key(item) for item in value] if isinstance(value, list) else value
+
+
+@repeatable
+@given(json_mappings)
+def test_a_configuration_survives_its_manifest(config):
+    read_back = json.loads(json.dumps(config))
+    assert fingerprint("s", 1, config, {}, {}) == fingerprint("s", 1, read_back, {}, {})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"stage": "pairs"},
+        {"version": 2},
+        {"config": {"strategy": "dfs", "limit": 21}},
+        {"config": {"strategy": "dfs", "limit": 20.0}},
+        {"config": {"strategy": "dfs", "limit": "20"}},
+        {"config": {"strategy": "dfs", "limit": 20, "new": None}},
+        {"data": {"name": "bfcl", "ids": ["b", "a"]}},
+        {"data": {"name": "bfcl", "ids": ["ab"]}},
+        {"upstream": {"adapters": "0123456789abcdee"}},
+        {"upstream": {}},
+        {"config": INPUTS["data"], "data": INPUTS["config"]},
+    ],
+)
+def test_every_input_matters(changed):
+    assert fingerprint(**INPUTS) != fingerprint(**(INPUTS | changed))
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        (float("nan"), r"config\.router\.lr\[1\] is nan \(float\)"),
+        (float("inf"), r"config\.router\.lr\[1\] is inf"),
+        ({1, 2}, r"config\.router\.lr\[1\] is \{1, 2\} \(set\)"),
+        (Path("x"), r"config\.router\.lr\[1\] is .*Path"),
+        ({3: "x"}, r"config\.router\.lr\[1\] has the key 3 \(int\)"),
+    ],
+)
+def test_a_value_without_a_json_form_is_named_by_its_key_path(value, key):
+    with pytest.raises(ValueError, match=key):
+        fingerprint("router", 1, {"router": {"lr": [0, value]}}, {}, {})
+
+
+# Building and reusing
+
+
+def test_a_new_artifact_has_its_files_and_a_manifest_that_says_what_made_it(tmp_path):
+    artifact = get(tmp_path)
+    assert artifact.folder == tmp_path / "explore" / fingerprint(**INPUTS)
+    assert (artifact.folder / "answer.txt").read_text() == "42"
+    manifest = json.loads((artifact.folder / "manifest.json").read_text())
+    assert manifest == artifact.manifest
+    assert {key: manifest[key] for key in INPUTS} == INPUTS
+    assert manifest["counts"] == {"answers": 1}
+    assert manifest["versions"]["torch"]
+    assert manifest["peak_memory_mib"]["process"] > 10
+    assert [path.name for path in artifact.folder.parent.iterdir() if path.is_dir()] == [artifact.fingerprint]
+
+
+def test_the_same_inputs_reuse_the_artifact_and_the_log_says_so(tmp_path, caplog):
+    first = get(tmp_path)
+    with caplog.at_level(logging.INFO, "dynprune.artifacts"):
+        again = get(tmp_path, must_not_build, config={"limit": 20, "strategy": "dfs"})
+    assert again == first
+    assert f"reusing explore {first.fingerprint} (from {first.manifest['created']}, took" in caplog.text
+
+
+def test_other_inputs_make_another_artifact_and_the_list_has_both(tmp_path):
+    artifacts = [get(tmp_path), get(tmp_path, stage="adapters"), get(tmp_path, config={"limit": 21})]
+    found = list(Store(tmp_path).list())
+    assert {artifact.folder for artifact in found} == {artifact.folder for artifact in artifacts}
+    assert [artifact.stage for artifact in found] == ["adapters", "explore", "explore"]
+
+
+def test_a_store_that_is_not_there_lists_nothing(tmp_path):
+    assert list(Store(tmp_path / "nowhere").list()) == []
+
+
+def test_counts_that_json_cannot_hold_are_refused_before_the_artifact_gets_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"counts\.rollouts"):
+        get(tmp_path, lambda folder: {"rollouts": {1, 2}})
+    assert list(Store(tmp_path).list()) == []
+
+
+# Stopping and going on
+
+
+def write_half_and_raise(error):
+    def build(folder: Path) -> dict[str, int]:
+        (folder / "half.txt").write_text("half")
+        raise error
+
+    return build
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")])
+def test_a_build_that_stops_keeps_what_it_wrote_and_the_next_one_goes_on(tmp_path, caplog, error):
+    with pytest.raises(type(error)), caplog.at_level(logging.INFO, "dynprune.artifacts"):
+        get(tmp_path, write_half_and_raise(error))
+    partial = tmp_path / "explore" / f"{fingerprint(**INPUTS)}.partial"
+    assert f"kept in {partial}, and the same command goes on from there" in caplog.text
+    assert list(Store(tmp_path).list()) == []
+
+    seen = []
+
+    def finish(folder: Path) -> dict[str, int]:
+        seen.append((folder / "half.txt").read_text())
+        return write_answer(folder)
+
+    artifact = get(tmp_path, finish)
+    assert seen == ["half"]
+    assert {path.name for path in artifact.folder.iterdir()} == {"manifest.json", "half.txt", "answer.txt"}
+    attempts = artifact.manifest["attempts"]
+    assert len(attempts) == 2
+    assert artifact.manifest["wall_clock_s"] == sum(attempt["seconds"] for attempt in attempts)
+    assert not partial.exists()
+
+
+def test_a_stage_that_cannot_resume_starts_in_an_empty_folder(tmp_path, caplog):
+    with pytest.raises(OSError, match="disk full"):
+        get(tmp_path, write_half_and_raise(OSError("disk full")), resumable=False)
+    assert "goes on from the stages before it" in caplog.text
+    artifact = get(tmp_path, resumable=False)
+    assert {path.name for path in artifact.folder.iterdir()} == {"manifest.json", "answer.txt"}
+    assert len(artifact.manifest["attempts"]) == 1
+
+
+def write_half_and_hang(root: Path, written) -> None:
+    def build(folder: Path) -> dict[str, int]:
+        (folder / "half.txt").write_text("half")
+        written.set()
+        time.sleep(600)
+        return {}
+
+    get(root, build)
+
+
+def test_a_killed_build_is_never_read_and_its_time_counts_when_another_process_goes_on(tmp_path):
+    written = SPAWN.Event()
+    process = SPAWN.Process(target=write_half_and_hang, args=(tmp_path, written))
+    process.start()
+    assert written.wait(60)
+    process.kill()
+    process.join()
+    assert list(Store(tmp_path).list()) == []
+
+    half = tmp_path / "explore" / f"{fingerprint(**INPUTS)}.partial" / "half.txt"
+    began = json.loads((half.parent / "manifest.json").read_text())["attempts"][0]["started"]
+    os.utime(half, (began + 100, began + 100))
+
+    artifact = get(tmp_path)
+    assert (artifact.folder / "half.txt").read_text() == "half"
+    assert artifact.manifest["attempts"][0]["seconds"] == pytest.approx(100, abs=0.01)
+    assert 100 <= artifact.manifest["wall_clock_s"] < 110
+
+
+# Several processes
+
+
+def build_slowly_once(root: Path, tries, started) -> None:
+    logging.basicConfig(filename=root / f"{os.getpid()}.log", level=logging.INFO)
+
+    def build(folder: Path) -> dict[str, int]:
+        tries.put(os.getpid())
+        started.set()
+        # Long enough for the other process to come to the lock, which the log shows below.
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if any("waiting" in log.read_text() for log in root.glob("*.log")):
+                break
+            time.sleep(0.02)
+        return write_answer(folder)
+
+    get(root, build)
+
+
+def test_two_processes_that_want_the_same_artifact_build_it_once(tmp_path):
+    tries, started = SPAWN.Queue(), SPAWN.Event()
+    processes = [SPAWN.Process(target=build_slowly_once, args=(tmp_path, tries, started)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, 0]
+    builder = tries.get(timeout=5)
+    assert tries.empty()
+    (waiter,) = {process.pid for process in processes} - {builder}
+    text = (tmp_path / f"{waiter}.log").read_text()
+    assert text.index("waiting for explore") < text.index("reusing explore")
+
+
+def meet_and_build(root: Path, rank: int, barrier, failing: bool) -> None:
+    def build(folder: Path) -> dict[str, int]:
+        try:
+            barrier.wait(30)
+        except BrokenBarrierError:
+            os._exit(3)
+        if failing and rank == 0:
+            raise OSError("disk full")
+        return write_answer(folder) if rank == 0 else {}
+
+    try:
+        artifact = get(root, build, rank=rank, distributed=True)
+    except RuntimeError as error:
+        os._exit(4 if "rank 0 did not finish explore" in str(error) else 5)
+    assert (artifact.folder / "answer.txt").read_text() == "42"
+
+
+@pytest.mark.parametrize(("failing", "exitcodes"), [(False, [0, 0]), (True, [1, 4])])
+def test_the_ranks_of_a_distributed_build_meet_inside_it(tmp_path, failing, exitcodes):
+    barrier = SPAWN.Barrier(2)
+    processes = [
+        SPAWN.Process(target=meet_and_build, args=(tmp_path, rank, barrier, failing)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == exitcodes
+
+
+# Broken artifacts
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda text: text[: len(text) // 2], "is not JSON"),
+        (lambda text: "", "is not JSON"),
+        (lambda text: "[]", "is not a JSON object"),
+        (lambda text: "{}", "lacks stage, fingerprint"),
+        (lambda text: text.replace('"limit": 20', '"limit": 21'), "is of another artifact, or was edited"),
+        (lambda text: text.replace('"stage": "explore"', '"stage": "pairs"'), "is of another artifact"),
+    ],
+)
+def test_a_broken_manifest_is_an_error_that_names_the_file_and_the_remedy(tmp_path, damage, why):
+    artifact = get(tmp_path)
+    path = artifact.folder / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    for use in (lambda: get(tmp_path, must_not_build), lambda: list(Store(tmp_path).list())):
+        with pytest.raises(ValueError, match=why) as error:
+            use()
+        assert str(path) in str(error.value)
+        assert f"rm -r {artifact.folder}" in str(error.value)
+
+
+def test_a_folder_that_lost_its_manifest_is_an_error(tmp_path):
+    artifact = get(tmp_path)
+    (artifact.folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        get(tmp_path, must_not_build)

@@ -1,0 +1,239 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from dynprune.adapters.stack import AdapterStack
+from dynprune.slm.byte_tokenizer import byte_tokenizer
+from dynprune.slm.generation import Continuation, Request, generate, generate_all
+from dynprune.slm.loading import SLM
+from dynprune.slm.pruning import LayerPruner
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
+L = 4
+
+
+def tiny_slm(architecture: str, **overrides) -> SLM:
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=L,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        **overrides,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    tokenizer.padding_side = "left"
+    return SLM(model=model, tokenizer=tokenizer, name=architecture)
+
+
+def random_adapters() -> AdapterStack:
+    torch.manual_seed(1)
+    adapters = AdapterStack(num_layers=L, hidden_size=32, bottleneck=4).requires_grad_(False)
+    for parameter in adapters.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return adapters
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def slm(request) -> SLM:
+    return tiny_slm(request.param)
+
+
+class Replaced(torch.nn.Module):
+    """An independent way to prune: the module itself is another one."""
+
+    def __init__(self, adapters: AdapterStack, index: int) -> None:
+        super().__init__()
+        self.adapters, self.index = adapters, index
+
+    def forward(self, hidden, *args, **kwargs):
+        down = hidden @ self.adapters.down_Lbd[self.index].T + self.adapters.down_bias_Lb[self.index]
+        up = down.clamp(min=0) @ self.adapters.up_Ldb[self.index].T + self.adapters.up_bias_Ld[self.index]
+        return hidden + up
+
+
+def uncached_logits(slm: SLM, adapters: AdapterStack, ids: list[int], pruned: tuple[int, ...]) -> torch.Tensor:
+    model = copy.deepcopy(slm.model)
+    layers = model.get_decoder().layers
+    for index in pruned:
+        layers[index] = Replaced(adapters, index)
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def plain_greedy(slm: SLM, adapters: AdapterStack, prompt, pruned, max_new_tokens: int) -> tuple[list[int], bool]:
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        token = int(uncached_logits(slm, adapters, ids, pruned)[-1].argmax())
+        if token in slm.stop_ids:
+            return ids[len(prompt) :], False
+        ids.append(token)
+    return ids[len(prompt) :], True
+
+
+def prompts(n: int) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(2)
+    return [tuple(torch.randint(0, 250, (5 + 3 * i,), generator=generator).tolist()) for i in range(n)]
+
+
+ALL = [c for k in range(L + 1) for c in itertools.combinations(range(L), k)]
+
+
+def test_cached_logits_equal_uncached_recomputation_for_every_configuration_in_one_left_padded_batch(slm):
+    adapters = random_adapters()
+    rows = prompts(len(ALL))
+    extra = [11, 12, 13]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in rows])
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows])
+    mask = torch.zeros(len(ALL), L, dtype=torch.bool)
+    for row, pruned in enumerate(ALL):
+        mask[row, list(pruned)] = True
+    cache = DynamicCache()
+    position = torch.tensor([len(p) for p in rows])
+    got = []
+    with LayerPruner(slm, adapters) as pruner:
+        pruner.prune(mask)
+        out = slm.model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+            cache=cache,
+            use_cache=True,
+        )
+        got.append(out.logits[:, -1])
+        for step, token in enumerate(extra):
+            attention = torch.cat([attention, torch.ones(len(rows), 1, dtype=torch.long)], dim=1)
+            out = slm.model(
+                input_ids=torch.full((len(rows), 1), token),
+                attention_mask=attention,
+                position_ids=(position + step)[:, None],
+                cache=cache,
+                use_cache=True,
+            )
+            got.append(out.logits[:, -1])
+    for row, pruned in enumerate(ALL):
+        want = uncached_logits(slm, adapters, [*rows[row], *extra], pruned)[-4:]
+        torch.testing.assert_close(torch.stack([g[row] for g in got]), want, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pruned", [(0,), (0, 1), (3,), (0, 1, 2, 3), (1, 2)])
+def test_transformers_own_generate_works_in_the_context_with_padding_and_without_position_ids(slm, pruned):
+    adapters = random_adapters()
+    rows = prompts(3)
+    batch = slm.tokenizer.pad({"input_ids": [list(p) for p in rows]}, return_tensors="pt")
+    with LayerPruner(slm, adapters) as pruner:
+        pruner.prune(list(pruned))
+        out = slm.model.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=256)
+    for row, prompt in enumerate(rows):
+        want, _ = plain_greedy(slm, adapters, prompt, pruned, 6)
+        got = out[row, batch["input_ids"].shape[1] :].tolist()
+        assert [t for t in got if t != 256] == want
+
+
+def test_mixed_batches_with_and_without_drafts_say_what_single_rows_say(slm):
+    adapters = random_adapters()
+    rows = prompts(len(ALL))
+    want = [plain_greedy(slm, adapters, p, c, 8) for p, c in zip(rows, ALL, strict=True)]
+    other = [tuple(plain_greedy(slm, adapters, p, (), 8)[0]) for p in rows]
+    drafts = {
+        "none": [None] * len(rows),
+        "of another configuration": [Continuation(o, False) for o in other],
+        "right": [Continuation(tuple(w), t) for w, t in want],
+        "partly right": [Continuation((*w[: i % 4], 7, 8, 9), False) for i, (w, _) in enumerate(want)],
+    }
+    for name, given in drafts.items():
+        requests = [Request(p, c, d) for p, c, d in zip(rows, ALL, given, strict=True)]
+        with LayerPruner(slm, adapters) as pruner:
+            got = dict(generate_all(slm, pruner, requests, max_new_tokens=8, batch_size=6))
+        assert [(list(got[i].token_ids), got[i].truncated) for i in range(len(rows))] == want, name
+        if name == "right":
+            assert all(got[i].accepted == len(got[i].token_ids) for i in got)
+
+
+def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
+    slm.model.generation_config.eos_token_id = list(range(0, 257, 3))
+    adapters = random_adapters()
+    rows = prompts(len(ALL))
+    want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
+    assert len({len(tokens) for tokens, _ in want}) > 1
+    with LayerPruner(slm, adapters) as pruner:
+        got = generate(slm, pruner, [Request(p, c) for p, c in zip(rows, ALL, strict=True)], 12)
+    assert [(list(g.token_ids), g.truncated) for g in got] == want
+
+
+def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text():
+    slm = tiny_slm("mistral", sliding_window=8)
+    adapters = random_adapters()
+    rows = prompts(4)
+    with LayerPruner(slm, adapters) as pruner:
+        plain = generate(slm, pruner, [Request(p, (0,)) for p in rows], 8)
+        drafted = generate(slm, pruner, [Request(p, (0,), Continuation((1, 2, 3), False)) for p in rows], 8)
+    assert [c.token_ids for c in plain] == [c.token_ids for c in drafted]
+
+
+def test_leaving_the_context_restores_the_model_bit_for_bit_even_after_an_error(slm):
+    ids = torch.arange(20)[None]
+    before, state = slm.model(input_ids=ids).logits, {k: v.clone() for k, v in slm.model.state_dict().items()}
+    modules = [type(m) for m in slm.model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"), LayerPruner(slm, random_adapters()) as pruner:
+        pruner.prune([0, 2])
+        assert not torch.equal(slm.model(input_ids=ids).logits, before)
+        raise RuntimeError("on purpose")
+    assert torch.equal(slm.model(input_ids=ids).logits, before)
+    assert [type(m) for m in slm.model.modules()] == modules
+    assert all(torch.equal(v, state[k]) for k, v in slm.model.state_dict().items())
+    assert all("forward" not in vars(layer) for layer in slm.layers)
+
+
+def test_pruned_layers_store_no_keys(slm):
+    cache = DynamicCache()
+    with LayerPruner(slm) as pruner:
+        pruner.prune(torch.tensor([[True, True, False, False], [True, False, False, True]]))
+        slm.model(input_ids=torch.arange(20).view(2, 10), cache=cache, use_cache=True)
+    assert [layer.keys.shape[0] for layer in cache.layers[1:]] == [1, 2, 1]
+    assert cache.layers[0].keys.numel() == 2 * 10
+
+
+def test_hidden_states_recorded_by_transformers_are_those_of_the_pruned_pass(slm):
+    with LayerPruner(slm) as pruner:
+        pruner.prune([1])
+        states = slm.model(input_ids=torch.arange(10)[None], output_hidden_states=True).hidden_states
+    assert len(states) == L + 1
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[2], states[3])
+
+
+@pytest.mark.parametrize(
+    ("configuration", "sentence"),
+    [
+        ([0, 4], r"has layers 0 to 3, but \[4\]"),
+        ([-1], r"has layers 0 to 3, but \[-1\]"),
+        (torch.zeros(2, 5, dtype=torch.bool), r"needs \(batch, 4\)"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(configuration, sentence):
+    with pytest.raises(ValueError, match=sentence), LayerPruner(tiny_slm("llama")) as pruner:
+        pruner.prune(configuration)
+
+
+def test_a_mask_for_another_batch_adapters_for_another_model_and_nesting_are_refused():
+    slm = tiny_slm("llama")
+    with LayerPruner(slm) as pruner:
+        pruner.prune(torch.ones(3, L, dtype=torch.bool))
+        with pytest.raises(ValueError, match="3 rows, but the batch has 1"):
+            slm.model(input_ids=torch.arange(5)[None])
+        with pytest.raises(ValueError, match="another LayerPruner"), LayerPruner(slm):
+            pass
+    with pytest.raises(ValueError, match="made for 3 layers of width 32"):
+        LayerPruner(slm, AdapterStack(3, 32, 4))
