@@ -1,1 +1,1 @@
-
+"""Accuracy, latency, statistics, tables and figures of an evaluation."""

@@ -76,8 +76,7 @@ def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -
     _title(
         figure,
         f"{score_label(score)} against speedup",
-        "Solid: measured on the clock. Pale: nominal, counted in layers. "
-        f"Bars: 95% intervals, {count_label(rows)}.",
+        _legend(rows),
     )
     _fix_limits(ax)
     labels = [Label(100 * _speedup(r), scale * r.scores[score].mean, r.name, row_color(r.name)) for r in rows]
@@ -111,8 +110,8 @@ def build_layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike) -> 
     errors = [np.asarray(values, dtype=np.float64).ravel() for values in (mse_L, relative_error_L)]
     if errors[0].shape != errors[1].shape or not errors[0].size:
         raise ValueError(
-            f"The figure of layer errors needs two errors for each layer, but there are {errors[0].size} mean "
-            f"squared and {errors[1].size} relative errors."
+            f"The figure of layer errors needs two errors for each layer, but there are {errors[0].size} "
+            f"mean squared and {errors[1].size} relative errors."
         )
     if not all((np.isfinite(values) & (values >= 0)).all() for values in errors):
         raise ValueError("The figure of layer errors needs errors that are finite and not negative.")
@@ -156,14 +155,14 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
     for name, share_L in frequency.items():
         if len(share_L) != num_layers or not all(0 <= share <= 1 for share in share_L):
             raise ValueError(
-                f"Row {name!r} needs a share between 0 and 1 for each of the {num_layers} layers in the figure "
-                f"of pruned layers."
+                f"Row {name!r} needs a share between 0 and 1 for each of the {num_layers} layers in the "
+                f"figure of pruned layers."
             )
     rows_height = 0.36 * len(frequency)
     height = rows_height + 1.35
     figure, ax = _canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
     longest = max(text_size(figure, name, 9.5)[0] for name in frequency)
-    figure.subplots_adjust(left=0.035 + longest / figure.bbox.width)
+    figure.subplots_adjust(left=0.045 + longest / figure.bbox.width)
     for position, (name, share_L) in enumerate(frequency.items()):
         shades = LinearSegmentedColormap.from_list(name, ["#f1f1f1", row_color(name)])
         strip = np.asarray(share_L, dtype=np.float64)[None]
@@ -224,6 +223,15 @@ def _join_static_rows(ax: Axes, rows: Sequence[TableRow], score: str) -> list[np
         ax.plot(*points.T, color=_GREY, lw=1.4, alpha=0.7, zorder=2, gid=f"{family}/line")
         segments += [points[i : i + 2] for i in range(len(points) - 1)]
     return segments
+
+
+def _legend(rows: Sequence[TableRow]) -> str:
+    timed = [row.measured_speedup is not None for row in rows]
+    return (
+        ("Solid: measured on the clock. Pale: nominal (layers). " if any(timed) else "")
+        + ("Hollow: nominal, not timed. " if not all(timed) else "")
+        + f"Bars: 95% intervals, {count_label(rows)}."
+    )
 
 
 def _has_companion(row: TableRow) -> bool:
@@ -291,7 +299,7 @@ def _write_shares(ax: Axes, share_L: Sequence[float], position: int, shades: Col
     for layer, share in enumerate(share_L):
         if 0.005 <= share < 0.995:
             luma = float(np.dot(shades(share)[:3], (0.299, 0.587, 0.114)))
-            ink = "white" if luma < 0.6 else _INK
+            ink = "white" if luma < 0.55 else _INK
             ax.text(layer, position, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
 
 

@@ -154,8 +154,8 @@ def paired_difference(
     sample_a, sample_b = _sample(a, confidence), _sample(b, confidence)
     if sample_a.size != sample_b.size:
         raise ValueError(
-            f"A paired comparison needs two scores for each query, but one row has {sample_a.size} scores and "
-            f"the other {sample_b.size}; evaluate both rows on the same queries."
+            f"A paired comparison needs two scores for each query, but one row has {sample_a.size} scores "
+            f"and the other {sample_b.size}; evaluate both rows on the same queries."
         )
     wins, losses = int((sample_a > sample_b).sum()), int((sample_a < sample_b).sum())
     p_value = None

@@ -150,7 +150,7 @@ def render_table(rows: Sequence[TableRow]) -> rich.table.Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("row", no_wrap=True)
+    table.add_column("row", overflow="fold")
     for header in ("JSON match", "AST match", "layers", "nominal", "measured", "cut"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:

@@ -1,9 +1,9 @@
 """The losses that train a router, as pure functions of log-probabilities and heads, in float32.
 
-FBC: filtered behavioural cloning, the thesis. DPO: Rafailov et al., 2023, arXiv 2305.18290. ORPO: Hong et al., 2024,
-arXiv 2403.07691. Write w for the winner and l for the loser of a pair, and log π for log π(y|x), the log-probability of the
-whole configuration (`Policy.log_prob`). Rows whose configuration is impossible under the policy (log π = −inf) must be left
-out by the caller.
+FBC: filtered behavioural cloning, the thesis. DPO: Rafailov et al., 2023, arXiv 2305.18290. ORPO: Hong et
+al., 2024, arXiv 2403.07691. Write w for the winner and l for the loser of a pair, and log π for log π(y|x),
+the log-probability of the whole configuration (`Policy.log_prob`). Rows whose configuration is impossible
+under the policy (log π = −inf) must be left out by the caller.
 
 Legend: B = batch, N = layers that may be pruned.
 """
@@ -78,13 +78,14 @@ def fbc_loss(
 ) -> FbcTerms:
     """Filtered behavioural cloning, on rollouts that passed the filter.
 
-    (mu − target)² + alpha·Σ_i loss(score_i, mask_i) / N, with k pruned layers and target (k + ½)/N (``middle``, the centre
-    of the bucket that yields k) or k/N (``edge``, the thesis). The loss of a layer is BCE (the thesis's text) or the squared
-    error (its code, with alpha 0.01). Log sigma is not trained.
+    (mu − target)² + alpha·Σ_i loss(score_i, mask_i) / N, with k pruned layers and target (k + ½)/N
+    (``middle``, the centre of the bucket that yields k) or k/N (``edge``, the thesis). The loss of a layer is
+    BCE (the thesis's text) or the squared error (its code, with alpha 0.01). Log sigma is not trained.
 
     Args:
         mu_B: Means of the ratio.
-        layer_logits_BN: Layer scores before the sigmoid, of the layers that may be pruned (`Policy.restrict`).
+        layer_logits_BN: Layer scores before the sigmoid, of the layers that may be pruned
+            (`Policy.restrict`).
         mask_BN: Their part of the configuration, True where a layer is pruned.
         alpha: Weight of the layers' term.
         ratio_target: Where in the bucket of k to aim.
@@ -116,8 +117,8 @@ def dpo_loss(
 ) -> PreferenceTerms:
     """Direct preference optimisation, Rafailov et al., 2023, equation 7.
 
-    −log σ(β·((log π_w − log π_ref,w) − (log π_l − log π_ref,l))). Without a reference its terms are dropped, which is the
-    thesis's loss (with β = 1 in its code). Rewards are β·(log π − log π_ref).
+    −log σ(β·((log π_w − log π_ref,w) − (log π_l − log π_ref,l))). Without a reference its terms are dropped,
+    which is the thesis's loss (with β = 1 in its code). Rewards are β·(log π − log π_ref).
 
     Args:
         logp_w_B: log π of the winners.
@@ -144,13 +145,14 @@ def orpo_loss(
     beta: float = 1.0,
     sft_w_B: Tensor | None = None,
 ) -> PreferenceTerms:
-    """Odds-ratio preference optimisation, Hong et al., 2024, equations 3 to 7, and what the thesis made of it.
+    """Odds-ratio preference optimisation, Hong et al., 2024, equations 3 to 7, and the thesis's variants.
 
-    With ℓ = log π / N, the length-normalised log-likelihood of their equation 3, log-odds(ℓ) = ℓ − log(1 − exp ℓ) and
-    OR = −log σ(log-odds(ℓ_w) − log-odds(ℓ_l)):
+    With ℓ = log π / N, the length-normalised log-likelihood of their equation 3, log-odds(ℓ) = ℓ − log(1 −
+    exp ℓ) and OR = −log σ(log-odds(ℓ_w) − log-odds(ℓ_l)):
 
     - ``paper``: −ℓ_w + weight·OR. The weight is their λ. Rewards are weight·ℓ, as in TRL.
-    - ``thesis_code``: OR + weight·sft_w, where sft_w is `fbc_loss` of the winners with ``edge`` and ``mse``. Rewards are ℓ.
+    - ``thesis_code``: OR + weight·sft_w, where sft_w is `fbc_loss` of the winners with ``edge`` and ``mse``.
+      Rewards are ℓ.
     - ``thesis_readme``: −log σ(β·(log π_w − log π_l)) − log π_w. Rewards are β·log π.
 
     Args:

@@ -1,4 +1,4 @@
-"""Saving and loading a router: ``router.safetensors`` for the weights and ``router.json`` for all that rebuilds it."""
+"""Saving and loading a router: ``router.safetensors`` has the weights, ``router.json`` what rebuilds it."""
 
 import json
 import tempfile
@@ -18,8 +18,9 @@ _ENCODER = "encoder."
 def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:
     """Writes a router, replacing the one in the folder.
 
-    The encoder's weights are written only if they were trained; otherwise its name and revision stand for them. The folder
-    is written under a temporary name and then renamed: it never holds a part of a router, or parts of two.
+    The encoder's weights are written only if they were trained; otherwise its name and revision stand for
+    them. The folder is written under a temporary name and then renamed: it never holds a part of a router, or
+    parts of two.
 
     Args:
         router: The router.
@@ -67,20 +68,23 @@ def load_router(folder: Path) -> tuple[Router, dict[str, Any]]:
         The router, in evaluation mode on the CPU, and the extra values.
 
     Raises:
-        ValueError: If the folder holds no router, its files do not belong together, or the encoder cannot be had.
+        ValueError: If the folder holds no router, its files do not belong together, or the encoder cannot be
+            had.
     """
     try:
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         weights = load_file(folder / _WEIGHTS)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, as stage=router writes it"
+            f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, "
+            f"as stage=router writes it"
         ) from error
     encoder = TextEncoder(**description["encoder"])
     if encoder.size != description["embedding_size"]:
         raise ValueError(
-            f"{folder / _DESCRIPTION}: the router was trained on embeddings of size {description['embedding_size']}, but "
-            f"{encoder.name_or_path!r} gives {encoder.size}; allowed: the encoder and revision that it was trained with"
+            f"{folder / _DESCRIPTION}: the router was trained on embeddings of size "
+            f"{description['embedding_size']}, but {encoder.name_or_path!r} gives {encoder.size}; "
+            f"allowed: the encoder and revision that it was trained with"
         )
     sizes = ("num_layers", "head_hidden_dim", "log_std_min", "log_std_max")
     router = Router(encoder, **{key: description[key] for key in sizes})
@@ -88,7 +92,7 @@ def load_router(folder: Path) -> tuple[Router, dict[str, Any]]:
     wrong = [name for name in missing if encoder.trainable or not name.startswith(_ENCODER)] + unexpected
     if wrong:
         raise ValueError(
-            f"{folder / _WEIGHTS} does not belong to {_DESCRIPTION} beside it: {wrong[0]!r} is in only one of the two; "
-            f"allowed: both files from one run"
+            f"{folder / _WEIGHTS} does not belong to {_DESCRIPTION} beside it: {wrong[0]!r} is in only one "
+            f"of the two; allowed: both files from one run"
         )
     return router.eval(), description["extra"]

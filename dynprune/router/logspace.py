@@ -15,8 +15,8 @@ def log1mexp(x: Tensor) -> Tensor:
         x: Logarithms of probabilities below 1, of any shape.
     """
     is_near_zero = x > -_LOG_2
-    # Each branch sees only values that it can differentiate: `where` multiplies the other branch's gradient by zero,
-    # and zero times infinity is NaN.
+    # Each branch sees only values that it can differentiate: `where` multiplies the other branch's gradient
+    # by zero, and zero times infinity is NaN.
     near = torch.log(-torch.expm1(torch.where(is_near_zero, x, -_LOG_2)))
     far = torch.log1p(-torch.exp(torch.where(is_near_zero, -_LOG_2, x)))
     return torch.where(is_near_zero, near, far)
@@ -29,6 +29,6 @@ def log_inverse_cloglog(x: Tensor) -> Tensor:
         x: Logarithms of rates, of any shape.
     """
     is_small = x < -20.0
-    # Above 5 the rest, exp(−exp(5)) = 4e-65, is below the resolution of float64; exp(x) itself would overflow.
+    # Above 5 the rest, exp(−exp(5)) = 4e-65, is below float64's resolution; exp(x) itself would overflow.
     rate = torch.exp(torch.where(is_small, 0.0, x).clamp(max=5.0))
     return torch.where(is_small, x, log1mexp(-rate))

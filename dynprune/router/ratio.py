@@ -1,8 +1,8 @@
 """How many layers to prune: P(k|x), the router's Normal over the ratio made discrete.
 
-The ratio is r ~ N(mu, sigma) and k = ⌊r·L⌋, clipped to 0..k_max. So P(k|x) is the Normal's mass on [k/L, (k+1)/L), with the
-mass below 1/L in bucket 0 and the mass above k_max/L in bucket k_max. It is a probability mass, never a density. L is the
-number of layers that may be pruned.
+The ratio is r ~ N(mu, sigma) and k = ⌊r·L⌋, clipped to 0..k_max. So P(k|x) is the Normal's mass on [k/L,
+(k+1)/L), with the mass below 1/L in bucket 0 and the mass above k_max/L in bucket k_max. It is a probability
+mass, never a density. L is the number of layers that may be pruned.
 
 Legend: B = batch, K = k_max + 1 buckets, E = k_max edges between them.
 """
@@ -53,7 +53,7 @@ def sample_k(
 def sample_count(
     mu_B: Tensor, log_sigma_B: Tensor, num_layers: int, k_max: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draws r·L clipped to 0..k_max, whose floor is k; differentiable in mu and log sigma where it is not clipped.
+    """Draws r·L clipped to 0..k_max, whose floor is k; differentiable where it is not clipped.
 
     Args:
         mu_B: Means of the ratio.
@@ -86,7 +86,7 @@ def mode_k(mu_B: Tensor, log_sigma_B: Tensor, num_layers: int, k_max: int) -> Te
 
 def _log_mass_between(low: Tensor, high: Tensor) -> Tensor:
     """Returns log(Φ(high) − Φ(low)) for low < high."""
-    # In the right tail both Φ round to 1; mirrored into the left tail, their logarithms keep all their digits.
+    # In the right tail both Φ round to 1; mirrored into the left tail, their logarithms keep their digits.
     is_right = low + high > 0
     log_low = torch.special.log_ndtr(torch.where(is_right, -high, low))
     log_high = torch.special.log_ndtr(torch.where(is_right, -low, high))

@@ -83,7 +83,8 @@ class Router(nn.Module):
         Args:
             embedding_BE: Embeddings of B queries, from `encode`.
         """
-        # With log sigma near −7 a bucket is 40 sigma wide: three digits of bfloat16 would not tell the buckets apart.
+        # With log sigma near −7 a bucket is 40 sigma wide: three digits of bfloat16 would not tell the
+        # buckets apart.
         with torch.autocast(embedding_BE.device.type, enabled=False):
             embedding_BE = embedding_BE.to(self.layers_hidden.weight.dtype)
             hidden_BH = self.layers_hidden(embedding_BE).relu()

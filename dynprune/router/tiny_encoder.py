@@ -13,7 +13,7 @@ _PAD = 0
 
 
 def tiny_model() -> BertModel:
-    """Builds a two-layer BERT over bytes; the weights are the same each time, as if they had been downloaded."""
+    """Builds a two-layer BERT over bytes, with the same weights each time, as if they were downloaded."""
     config = BertConfig(
         vocab_size=1 + 256,
         hidden_size=HIDDEN_SIZE,

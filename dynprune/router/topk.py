@@ -1,9 +1,10 @@
 """Choosing k of N layers: relaxations that have gradients, and the exact algebra of fixed-size subsets.
 
-- `soft_permutation`: Sinkhorn sorting in the log domain (Cuturi et al., 2019, with the squared cost of the thesis).
+- `soft_permutation`: Sinkhorn sorting in the log domain (Cuturi et al., 2019, with the squared cost of the
+  thesis).
 - `relaxed_top_k`: successive softmaxes (Xie and Ermon, 2019), for Gumbel top-k with gradients.
-- `log_esp`, `sample_conditional_bernoulli`: elementary symmetric polynomials, which normalise independent Bernoullis
-  conditioned on exactly k successes (Chen, Dempster and Liu, 1994).
+- `log_esp`, `sample_conditional_bernoulli`: elementary symmetric polynomials, which normalise independent
+  Bernoullis conditioned on exactly k successes (Chen, Dempster and Liu, 1994).
 
 Legend: B = batch, N = layers that may be pruned (i counts them), R = ranks (= N), K = k_max + 1.
 """
@@ -27,10 +28,10 @@ def top_k_mask(values_BN: Tensor, k_B: Tensor) -> Tensor:
 
 
 def soft_permutation(scores_BN: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Sorts softly: returns the log of a matrix whose entry (i, j) says how much layer i has rank j, from the largest score down.
+    """Sorts softly: returns the log of a matrix that says how much layer i has rank j, largest first.
 
-    Entropic optimal transport between the scores and the sorted scores, with cost (s_i − s_(j))². Each iteration
-    normalises columns, then rows: rows sum to 1 always, columns only in the limit.
+    Entropic optimal transport between the scores and the sorted scores, with cost (s_i − s_(j))². Each
+    iteration normalises columns, then rows: rows sum to 1 always, columns only in the limit.
 
     Args:
         scores_BN: Scores in (0, 1).
@@ -61,13 +62,14 @@ def gumbel_like(values: Tensor, generator: torch.Generator | None = None) -> Ten
 def relaxed_top_k(keys_BN: Tensor, count_B: Tensor, temperature: float, k_max: int) -> Tensor:
     """Takes the top `count` keys softly: one softmax after the other, each without what the former ones took.
 
-    The j-th softmax counts with weight min(max(count − j, 0), 1), so that a count between two integers takes part of a
-    layer, and the result has a gradient in the count.
+    The j-th softmax counts with weight min(max(count − j, 0), 1), so that a count between two integers takes
+    part of a layer, and the result has a gradient in the count.
 
     Args:
         keys_BN: What to rank by, for example logits plus Gumbel noise.
         count_B: How many layers to take, real, 0..k_max.
-        temperature: Of the softmaxes, above 0; as it goes to 0 the result goes to the hard top-k of an integer count.
+        temperature: Of the softmaxes, above 0; as it goes to 0 the result goes to the hard top-k of an
+            integer count.
         k_max: Number of softmaxes.
 
     Returns:
@@ -84,9 +86,9 @@ def relaxed_top_k(keys_BN: Tensor, count_B: Tensor, temperature: float, k_max: i
 
 
 def log_esp(logits_BN: Tensor, k_max: int) -> Tensor:
-    """Returns the logarithms of the elementary symmetric polynomials e_0..e_k_max of exp(logits), in O(N·k_max).
+    """Returns the logarithms of the elementary symmetric polynomials e_0..e_k_max of exp(logits).
 
-    e_k is the sum over all subsets of k layers of the product of their weights, here in the log domain.
+    e_k is the sum over all subsets of k layers of the product of their weights; the cost is O(N·k_max).
 
     Args:
         logits_BN: Logarithms of the weights.
@@ -102,10 +104,10 @@ def log_esp(logits_BN: Tensor, k_max: int) -> Tensor:
 def sample_conditional_bernoulli(
     logits_BN: Tensor, k_B: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draws from independent Bernoullis given that exactly k succeed: P(y) = exp(Σ logits(y)) / e_k, without rejection.
+    """Draws from independent Bernoullis given that exactly k succeed: P(y) = exp(Σ logits(y)) / e_k.
 
-    Goes through the layers from the last to the first: with r still to take among the first i, layer i is taken with
-    probability w_i·e_(r−1)(first i − 1) / e_r(first i).
+    Exact, without rejection. Goes through the layers from the last to the first: with r still to take among
+    the first i, layer i is taken with probability w_i·e_(r−1)(first i − 1) / e_r(first i).
 
     Args:
         logits_BN: Log-odds of each layer, finite.
@@ -125,7 +127,7 @@ def sample_conditional_bernoulli(
     for i in reversed(range(n)):
         before_B = prefixes[i].gather(1, (remaining_B - 1).clamp(min=0)[:, None])[:, 0]
         after_B = prefixes[i + 1].gather(1, remaining_B[:, None])[:, 0]
-        # Where all that remain must be taken, the two are the same sum, and exp(0) = 1 is above any uniform number.
+        # Where all that remain must be taken, the two are the same sum, and exp(0) is above any uniform draw.
         take_B = (uniform_BN[:, i] < (before_B + logits_BN[:, i] - after_B).exp()) & (remaining_B > 0)
         mask_BN[:, i] = take_B
         remaining_B = remaining_B - take_B.long()

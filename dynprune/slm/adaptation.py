@@ -8,15 +8,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -26,6 +28,7 @@ from dynprune.data.tasks import Query
 from dynprune.slm.loading import SLM
 
 IGNORED = -100
+_WIDTH_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,13 @@ class TokenisedAnswer:
     num_answer_tokens: int
 
 
-class AnswerData(Dataset[TokenisedAnswer]):
+class AnswerData(lightning.LightningDataModule):
     """Queries with their reference answers, some of them composed of two.
 
-    Two queries that each call one function are joined, with some probability, into one query that asks for both: their
-    words and their calls one after the other, their tools together. Few queries of the benchmark need several calls, and
-    a small SLM does not learn the form from these alone.
+    Two queries are joined, with some probability, into one query that asks for both: their words and their calls one after
+    the other, their tools together. Few queries of the benchmark need several calls, and a small SLM does not learn the
+    form from these alone. Each epoch has compositions of its own, drawn from the seed and the epoch's number, so that a
+    training that goes on after a kill sees what it would have seen.
     """
 
     def __init__(
@@ -49,25 +53,50 @@ class AnswerData(Dataset[TokenisedAnswer]):
         queries: Sequence[Query],
         tokenizer: PreTrainedTokenizerBase,
         compose: float,
-        epochs: int,
+        batch_size: int,
         seed: int,
     ) -> None:
-        """Renders and tokenises the samples of all epochs, each epoch with new compositions."""
-        rng = random.Random(seed)
-        rendered = [
-            query
-            for _ in range(epochs)
-            for query in (_composed(query, queries, rng) if rng.random() < compose else query for query in queries)
+        """Binds the queries.
+
+        Args:
+            queries: What to train on.
+            tokenizer: The SLM's tokenizer.
+            compose: Probability that a query is joined with another one, 0..1.
+            batch_size: Samples in a batch.
+            seed: Seed of compositions and order.
+        """
+        super().__init__()
+        self._queries = queries
+        self._tokenizer = tokenizer
+        self._compose = compose
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def samples(self, epoch: int) -> list[TokenisedAnswer]:
+        """The samples of one epoch, one for each query."""
+        rng = random.Random(f"{self._seed}-{epoch}")
+        return [
+            _tokenised(
+                _composed(query, self._queries, rng) if rng.random() < self._compose else query, self._tokenizer
+            )
+            for query in self._queries
         ]
-        self.samples = [_tokenised(query, tokenizer) for query in rendered]
 
-    def __len__(self) -> int:
-        """Number of samples over all epochs."""
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> TokenisedAnswer:
-        """The sample at a position."""
-        return self.samples[index]
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The batches of the trainer's current epoch: left-padded, of samples of similar length."""
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        samples = self.samples(epoch)
+        sampler = LengthGroupedSampler(
+            self._batch_size,
+            lengths=[len(sample.ids) for sample in samples],
+            generator=torch.Generator().manual_seed(self._seed + epoch),
+        )
+        return DataLoader(
+            samples,  # type: ignore[arg-type]  # A list is a map-style data set.
+            batch_size=self._batch_size,
+            sampler=sampler,
+            collate_fn=lambda chosen: collate_answers(chosen, int(self._tokenizer.pad_token_id)),
+        )
 
 
 def _composed(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
@@ -97,26 +126,26 @@ def _tokenised(query: Query, tokenizer: PreTrainedTokenizerBase) -> TokenisedAns
     return TokenisedAnswer(prompt + answer, len(answer))
 
 
-def answer_batches(data: AnswerData, pad_id: int, batch_size: int, seed: int) -> DataLoader[dict[str, Tensor]]:
-    """Loads left-padded batches of samples of similar length, in an order that the seed fixes."""
+def collate_answers(samples: Sequence[TokenisedAnswer], pad_id: int) -> dict[str, Tensor]:
+    """Pads samples on the left; prompts have no label.
 
-    def collate(samples: list[TokenisedAnswer]) -> dict[str, Tensor]:
-        width = max(len(sample.ids) for sample in samples)
-        padded = [[pad_id] * (width - len(s.ids)) + s.ids for s in samples]
-        mask = [[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples]
-        labels = [[IGNORED] * (width - s.num_answer_tokens) + s.ids[-s.num_answer_tokens :] for s in samples]
-        return {
-            "input_ids": torch.tensor(padded),
-            "attention_mask": torch.tensor(mask),
-            "labels": torch.tensor(labels),
-        }
+    Args:
+        samples: B samples.
+        pad_id: The token that pads.
 
-    sampler = LengthGroupedSampler(
-        batch_size,
-        lengths=[len(sample.ids) for sample in data.samples],
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return DataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=collate)
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, all (B, T).
+    """
+    # Few different widths: the CPU's matrix kernels are prepared anew for each shape, which takes longer than padding.
+    width = -(-max(len(sample.ids) for sample in samples) // _WIDTH_STEP) * _WIDTH_STEP
+    padded = [[pad_id] * (width - len(s.ids)) + s.ids for s in samples]
+    mask = [[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples]
+    labels = [[IGNORED] * (width - s.num_answer_tokens) + s.ids[-s.num_answer_tokens :] for s in samples]
+    return {
+        "input_ids": torch.tensor(padded),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+    }
 
 
 class Adaptation(lightning.LightningModule):
@@ -151,22 +180,31 @@ class Adaptation(lightning.LightningModule):
         self.slm: PeftModel = get_peft_model(slm.model, config)  # type: ignore[assignment]
         self.learning_rate = learning_rate
         self.warmup_share = warmup_share
+        # Checkpoints hold the delta alone, see `on_save_checkpoint`.
+        self.strict_loading = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the answer's tokens, in nats a token."""
         labels_BT = batch["labels"]
         keep = int((labels_BT != IGNORED).sum(dim=1).max()) + 1
-        logits_BTV = self.slm(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits
+        # Autocast chooses the dtype of each product already: peft's own casts would double time and memory.
+        with disable_input_dtype_casting(self.slm):
+            logits_BTV = self.slm(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=keep,
+                use_cache=False,
+            ).logits
         loss = functional.cross_entropy(
             logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, -keep + 1 :].flatten(), ignore_index=IGNORED
         )
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the SLM's own weights out of the checkpoint: they do not change."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, object]]]:
         """AdamW without weight decay, warm-up and cosine by step."""

@@ -167,6 +167,21 @@ def load_tiny(
     return _prepare(model, tokenizer, f"tiny-{architecture}-{num_layers}x{hidden_size}", dtype, None, device)
 
 
+def delta_folder(delta: str) -> Path:
+    """The folder of a delta: a shipped one's by its name, else the path itself.
+
+    Raises:
+        ValueError: If it holds no delta.
+    """
+    folder = _DELTAS / delta if (_DELTAS / delta).is_dir() else Path(delta)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"model.delta={delta!r}: {folder} holds no adapter_model.safetensors; allowed: null, a folder written by "
+            f"stage=adapt, or one of {sorted(path.name for path in _DELTAS.iterdir() if path.is_dir())}"
+        )
+    return folder
+
+
 def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Merges a LoRA delta into a model's weights.
 
@@ -175,14 +190,9 @@ def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (peft's names).
 
     Raises:
-        ValueError: If the folder holds no delta, or the delta does not fit the model.
+        ValueError: If the delta does not fit the model.
     """
     weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ValueError(
-            f"model.delta: {weights} does not exist; allowed: null, a folder written by stage=adapt, or one of "
-            f"{sorted(path.name for path in _DELTAS.iterdir() if path.is_dir())}"
-        )
     config = LoraConfig(**_plain_lora_config(folder / "adapter_config.json"))
     wrapped = get_peft_model(model, config)
     state = {key: value.float() for key, value in load_file(weights).items()}
@@ -208,7 +218,7 @@ def _prepare(
     if dtype not in _DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
     if delta is not None:
-        model = merge_delta(model, _DELTAS / delta if (_DELTAS / delta).is_dir() else Path(delta))
+        model = merge_delta(model, delta_folder(delta))
         name = f"{name}+{delta}"
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

@@ -11,7 +11,8 @@ layer 0 for most models: without it, pruning layer 0 would restart positions and
 Shapes: B = batch, L = layers, T = tokens, d = hidden size. A mask is True where a layer is pruned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -194,6 +195,34 @@ class LayerPruner:
 
     def _stand_in(self, index: int, hidden_BTd: Tensor) -> Tensor:
         return hidden_BTd if self._adapters is None else self._adapters.layer(index, hidden_BTd)
+
+
+@contextmanager
+def starting_at(slm: SLM, first: int, input_BTd: Tensor) -> Iterator[None]:
+    """Leaves out the layers below one whose input is known already, for passes without a cache.
+
+    Configurations that differ only from some layer on share everything below it. Enter it inside a `LayerPruner`.
+
+    Args:
+        slm: The SLM.
+        first: The first layer to run.
+        input_BTd: What goes into it.
+    """
+    shadowed = [(layer, layer.forward) for layer in slm.layers[: first + 1]]
+
+    def skip(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_BTd
+
+    def enter(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return shadowed[first][1](input_BTd, *args, **kwargs)
+
+    for index, (layer, _) in enumerate(shadowed):
+        layer.forward = enter if index == first else skip
+    try:
+        yield
+    finally:
+        for layer, forward in shadowed:
+            layer.forward = forward
 
 
 def _rows_of(pruned_B: Tensor, device: torch.device) -> _Rows:

@@ -1,8 +1,8 @@
 """The policy π(y|x) over configurations: log π(y|x) = log P(k|x) + log P(y | k, x), with k = |y|.
 
-P(k|x) is common to all policies (`dynprune.router.ratio`); a policy defines P(y | k, x). Where layers are excluded, the
-policy lives on the N that may be pruned: the ratio's buckets are [k/N, (k+1)/N), and any other configuration has
-probability 0.
+P(k|x) is common to all policies (`dynprune.router.ratio`); a policy defines P(y | k, x). Where layers are
+excluded, the policy lives on the N that may be pruned: the ratio's buckets are [k/N, (k+1)/N), and any other
+configuration has probability 0.
 
 Legend: B = batch, L = decoder layers of the SLM, N = layers that may be pruned, K = k_max + 1.
 """
@@ -42,25 +42,26 @@ class Policy(ABC):
             k_max: The largest number of pruned layers; the number of prunable layers if None.
 
         Raises:
-            ValueError: If `prunable_layers` is empty, repeats a layer or names one that does not exist, or if `k_max` is
-                outside 1..N.
+            ValueError: If `prunable_layers` is empty, repeats a layer or names one that does not exist, or if
+                `k_max` is outside 1..N.
         """
         layers = tuple(range(num_layers)) if prunable_layers is None else tuple(sorted(prunable_layers))
         if not layers:
             raise ValueError(
-                f"router.prunable_layers is empty, so nothing could be pruned; allowed: null for all layers, or a list "
-                f"of layers in 0..{num_layers - 1}"
+                f"router.prunable_layers is empty, so nothing could be pruned; allowed: null for all layers, "
+                f"or a list of layers in 0..{num_layers - 1}"
             )
         wrong = [layer for layer in layers if not 0 <= layer < num_layers]
         if wrong or len(set(layers)) < len(layers):
             problem = f"names layer {wrong[0]}, which does not exist" if wrong else "names a layer twice"
             raise ValueError(
-                f"router.prunable_layers={list(layers)} {problem}; allowed: different layers in 0..{num_layers - 1}"
+                f"router.prunable_layers={list(layers)} {problem}; "
+                f"allowed: different layers in 0..{num_layers - 1}"
             )
         if k_max is not None and not 1 <= k_max <= len(layers):
             raise ValueError(
-                f"router.k_max={k_max} is not possible with {len(layers)} prunable layers; allowed: 1..{len(layers)}, "
-                f"or null for {len(layers)}"
+                f"router.k_max={k_max} is not possible with {len(layers)} prunable layers; "
+                f"allowed: 1..{len(layers)}, or null for {len(layers)}"
             )
         self.num_layers = num_layers
         self.prunable_layers = layers
@@ -72,7 +73,7 @@ class Policy(ABC):
         return len(self.prunable_layers)
 
     def config(self) -> dict[str, Any]:
-        """Returns the name and the constructor's arguments, as JSON values; `build_policy` reads them back."""
+        """Returns the name and the constructor's arguments as JSON values; `build_policy` reads them."""
         return {
             "name": self.name,
             "num_layers": self.num_layers,

@@ -1,7 +1,10 @@
-"""Independent Bernoullis conditioned on exactly k successes: log P(y | k, x) = Σ_(i in y) logit_i − log e_k(exp(logits)).
+"""Independent Bernoullis conditioned on exactly k successes.
 
-e_k is the elementary symmetric polynomial, so the probability is exact, normalised, differentiable and O(N·k_max).
-Adding a constant to all logits changes nothing: how many layers are pruned is the ratio's matter alone.
+    log P(y | k, x) = Σ_(i in y) logit_i − log e_k(exp(logits))
+
+e_k is the elementary symmetric polynomial, so the probability is exact, normalised, differentiable and
+O(N·k_max). Adding a constant to all logits changes nothing: how many layers are pruned is the ratio's matter
+alone.
 
 Legend: B = batch, N = layers that may be pruned.
 """

@@ -1,9 +1,10 @@
 """Gumbel top-k: sampling that gradients can pass.
 
-The k largest of logits plus Gumbel noise are k draws without replacement (Kool et al., 2019): as a distribution over hard
-configurations, Gumbel top-k *is* Plackett-Luce. So `log_prob`, `sample` and `mode` are Plackett-Luce's, and there is one
-probability of a configuration, whatever the temperature. What this policy adds is `relaxed_sample`: a draw from that very
-distribution whose gradient is taken through a relaxation. The relaxed values are no configurations and have no likelihood here.
+The k largest of logits plus Gumbel noise are k draws without replacement (Kool et al., 2019): as a
+distribution over hard configurations, Gumbel top-k *is* Plackett-Luce. So `log_prob`, `sample` and `mode` are
+Plackett-Luce's, and there is one probability of a configuration, whatever the temperature. What this policy
+adds is `relaxed_sample`: a draw from that very distribution whose gradient is taken through a relaxation. The
+relaxed values are no configurations and have no likelihood here.
 
 Legend: B = batch, L = decoder layers of the SLM, N = layers that may be pruned.
 """
@@ -29,9 +30,10 @@ class GumbelPolicy(PlackettLucePolicy):
     ) -> Tensor:
         """Draws configurations with straight-through gradients.
 
-        Forward: r ~ N(mu, sigma), k = ⌊r·N⌋ clipped, and the k largest perturbed logits. Backward: successive softmaxes
-        (`relaxed_top_k`) of the same perturbed logits with the real-valued count r·N, so that the gradient reaches the
-        layer logits, mu and log sigma. Where the count is clipped, it does not reach the latter two.
+        Forward, r ~ N(mu, sigma), k = ⌊r·N⌋ clipped, and the k largest perturbed logits. Backward, successive
+        softmaxes (`relaxed_top_k`) of the same perturbed logits with the real-valued count r·N, so that the
+        gradient reaches the layer logits, mu and log sigma. Where the count is clipped, it does not reach the
+        latter two.
 
         Args:
             outputs: The router's outputs for B queries.

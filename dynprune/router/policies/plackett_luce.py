@@ -1,16 +1,18 @@
 r"""Plackett-Luce without replacement: k layers drawn one after the other, each in proportion to exp(logit).
 
-A configuration is a set, so its probability is a sum over the k! orders in which it can be drawn. The sum is computed for
-every k by one integral, and never by enumeration. Give layer i a clock that rings after an exponential time of rate
-θ_i = exp(logit_i). The order of ringing is the order of drawing, so y is drawn exactly if all of y rings before anything
-else does. With Θ = Σ_(i not in y) θ_i, time in units of 1/Θ, and x its logarithm,
+A configuration is a set, so its probability is a sum over the k! orders in which it can be drawn. The sum is
+computed for every k by one integral, and never by enumeration. Give layer i a clock that rings after an
+exponential time of rate θ_i = exp(logit_i). The order of ringing is the order of drawing, so y is drawn
+exactly if all of y rings before anything else does. With Θ = Σ_(i not in y) θ_i, time in units of 1/Θ, and x
+its logarithm,
 
     P(y | k, x) = ∫ exp(x − exp(x)) · Π_(i in y) (1 − exp(−exp(x) θ_i / Θ)) dx.
 
-The integrand is entire and falls off at both ends, so that the trapezoidal rule converges exponentially and needs fewer nodes
-than Gauss-Legendre does. The limits hold for any logits, since the product grows with x, but no faster than exp(k·x): the
-mass below −16 is at most exp(−16) of the whole, that above ln(m + 7√m + 20) at most a Gamma(m = k + 1) variable's tail.
-A step of 1/√(N + 1) follows the narrowest peak, of width 1/√(k + 1). The error in log P is below 1e-5.
+The integrand is entire and falls off at both ends, so that the trapezoidal rule converges exponentially and
+needs fewer nodes than Gauss-Legendre does. The limits hold for any logits, since the product grows with x,
+but no faster than exp(k·x): the mass below −16 is at most exp(−16) of the whole, that above ln(m + 7√m + 20)
+at most a Gamma(m = k + 1) variable's tail. A step of 1/√(N + 1) follows the narrowest peak, of width 1/√(k +
+1). The error in log P is below 1e-5.
 
 Legend: B = batch, N = layers that may be pruned, Q = nodes of the quadrature.
 """
@@ -27,7 +29,7 @@ from dynprune.router.topk import gumbel_like, top_k_mask
 
 
 class PlackettLucePolicy(Policy):
-    """Plackett-Luce over sets: normalised, differentiable, exact to 1e-5 through the exponential-clock integral."""
+    """Plackett-Luce over sets: normalised, differentiable, exact to 1e-5 through one integral."""
 
     name: ClassVar[str] = "plackett_luce"
 
@@ -35,7 +37,7 @@ class PlackettLucePolicy(Policy):
         n = logits_BN.shape[1]
         k_B = mask_BN.sum(dim=1)
         is_certain_B = (k_B == 0) | (k_B == n)
-        # A certain row stands for another one meanwhile: its complement may be empty, and has no log-sum then.
+        # A certain row borrows another mask meanwhile: its own complement may be empty, and has no log-sum.
         any_mask_N = torch.arange(n, device=logits_BN.device) > 0
         safe_BN = torch.where(is_certain_B[:, None], any_mask_N, mask_BN)
         log_others_B = logits_BN.masked_fill(safe_BN, -torch.inf).logsumexp(dim=1)

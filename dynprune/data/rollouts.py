@@ -1,0 +1,231 @@
+"""Rollouts on disk: parquet shards that are appended as the queries' searches end.
+
+A shard holds all rollouts of some queries, a query's rows one after another, and it is there as a whole or
+not at all. So a query is complete or absent, and a run that is killed loses only the queries in flight.
+Columns, as in the thesis: id, pruned_layers, score, output. The number of layers and the score's name stand
+in each file's metadata.
+"""
+
+import itertools
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynprune.atomic import replacing
+from dynprune.data.parquet import Header, header_of, open_parquet, with_header
+
+_SHARDS = "rollouts-*.parquet"
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("pruned_layers", pa.list_(pa.int32()), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("output", pa.string(), nullable=False),
+    ]
+)
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One configuration tried on one query.
+
+    Attributes:
+        id: The query's id.
+        pruned_layers: The configuration, in ascending order.
+        score: The output's score.
+        output: What the pruned SLM answered.
+    """
+
+    id: str
+    pruned_layers: tuple[int, ...]
+    score: float
+    output: str
+
+
+class RolloutWriter:
+    """Appends rollouts to a folder. One writer at a time; the artifact's lock sees to it.
+
+    Attributes:
+        completed_ids: The queries whose rollouts are on the disk.
+    """
+
+    def __init__(self, folder: Path, num_layers: int, score: str) -> None:
+        """Open the folder, and remove what a writer that was killed left half-written.
+
+        Args:
+            folder: The folder; created where it is missing.
+            num_layers: L, the SLM's decoder layers.
+            score: Name of the score.
+
+        Raises:
+            ValueError: A shard is broken, is about another number of layers or another score, or holds
+                queries that another shard holds as well.
+        """
+        self._folder = folder
+        self._header = Header(num_layers, score)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f".{_SHARDS}.*"):
+            shutil.rmtree(leftover)
+        paths = _shards(folder)
+        for path in paths:
+            with open_parquet(path, _SCHEMA) as file:
+                _check_header(path, header_of(file), self._header)
+        self.completed_ids = completed_ids(folder)
+        self._next = 1 + int(paths[-1].stem.rpartition("-")[2]) if paths else 0
+
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """Write one shard; when this returns, it is on the disk.
+
+        Args:
+            rollouts: All rollouts of some queries, each query's one after another; none writes nothing.
+
+        Raises:
+            ValueError: A query is in the folder already or comes twice, or a rollout is malformed; nothing
+                is written then.
+        """
+        if not rollouts:
+            return
+        ids = [query_id for query_id, _ in itertools.groupby(rollouts, key=lambda rollout: rollout.id)]
+        again = self.completed_ids.intersection(ids) or {i for i in ids if ids.count(i) > 1}
+        if again:
+            raise ValueError(
+                f"query {min(again)!r} has rollouts in {self._folder} already; append all rollouts of a query "
+                "at once, one after another"
+            )
+        for rollout in rollouts:
+            _check_rollout(rollout, self._header.num_layers)
+        path = self._folder / _SHARDS.replace("*", f"{self._next:06d}")
+        if path.exists():
+            raise ValueError(f"another process writes into {self._folder} at the same time; stop one of them")
+        table = pa.Table.from_pylist(
+            [asdict(rollout) for rollout in rollouts], schema=with_header(_SCHEMA, self._header)
+        )
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, write_page_checksum=True)
+        self._next += 1
+        self.completed_ids.update(ids)
+
+
+def completed_ids(folder: Path) -> set[str]:
+    """Find the queries whose rollouts are in a folder; none where the folder is missing or empty.
+
+    Args:
+        folder: A folder that `RolloutWriter` wrote.
+
+    Raises:
+        ValueError: A shard is broken, or a query is in two shards.
+    """
+    completed: set[str] = set()
+    for path in _shards(folder):
+        with open_parquet(path, _SCHEMA) as file:
+            ids = set(file.read(columns=["id"]).column("id").to_pylist())
+        if twice := completed & ids:
+            raise ValueError(f"{path} holds query {min(twice)!r}, as another shard beside it; delete one of them")
+        completed |= ids
+    return completed
+
+
+def read_header(folder: Path) -> Header:
+    """Read what the rollouts of a folder are about.
+
+    Args:
+        folder: A folder that `RolloutWriter` wrote.
+
+    Raises:
+        ValueError: The folder holds no rollouts, or a shard is broken or disagrees with the others.
+    """
+    header = None
+    for path in _some_shards(folder):
+        with open_parquet(path, _SCHEMA) as file:
+            found = header_of(file)
+        header = header or found
+        _check_header(path, found, header)
+    assert header is not None
+    return header
+
+
+def shards_with_rows(folder: Path) -> list[Path]:
+    """List the shards of a folder in the order of their writing.
+
+    Args:
+        folder: A folder that `RolloutWriter` wrote.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return _some_shards(folder)
+
+
+def read_shard(path: Path) -> Iterator[Rollout]:
+    """Read one shard, some rows at a time.
+
+    Args:
+        path: The shard.
+
+    Raises:
+        ValueError: It is missing, broken or not a shard.
+    """
+    with open_parquet(path, _SCHEMA) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                yield Rollout(row["id"], tuple(row["pruned_layers"]), row["score"], row["output"])
+
+
+def read_rollouts(folder: Path) -> Iterator[Rollout]:
+    """Read all rollouts of a folder, some rows at a time, in the order of their writing.
+
+    Args:
+        folder: A folder that `RolloutWriter` wrote.
+
+    Raises:
+        ValueError: The folder holds no rollouts, or a shard is broken.
+    """
+    for path in _some_shards(folder):
+        yield from read_shard(path)
+
+
+def by_query(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
+    """Gather the rollouts of each query.
+
+    Args:
+        rollouts: Rollouts, each query's one after another.
+    """
+    for _, group in itertools.groupby(rollouts, key=lambda rollout: rollout.id):
+        yield list(group)
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_SHARDS))
+
+
+def _some_shards(folder: Path) -> list[Path]:
+    paths = _shards(folder)
+    if not paths:
+        raise ValueError(f"{folder} holds no rollouts ({_SHARDS}); run stage=explore")
+    return paths
+
+
+def _check_header(path: Path, found: Header, expected: Header) -> None:
+    for name in ("num_layers", "score"):
+        if getattr(found, name) != getattr(expected, name):
+            raise ValueError(
+                f"{path} has {name}={getattr(found, name)!r}, where {getattr(expected, name)!r} is expected; "
+                "rollouts of different SLMs or scores need folders of their own"
+            )
+
+
+def _check_rollout(rollout: Rollout, num_layers: int) -> None:
+    layers = rollout.pruned_layers
+    if list(layers) != sorted(set(layers).intersection(range(num_layers))):
+        raise ValueError(
+            f"a rollout of query {rollout.id!r} has pruned_layers={list(layers)}; allowed: numbers from 0 to "
+            f"{num_layers - 1} in ascending order, none twice"
+        )
+    if not math.isfinite(rollout.score):
+        raise ValueError(f"a rollout of query {rollout.id!r} has score={rollout.score}; allowed: finite numbers")

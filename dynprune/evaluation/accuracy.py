@@ -1,0 +1,78 @@
+"""Running test queries, each under its configuration, and scoring what the SLM says."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dynprune.data.prompts import render_prompt
+from dynprune.data.tasks import Query
+from dynprune.metrics.scores import SCORES
+from dynprune.slm.generation import Continuation, Request, generate_all
+from dynprune.slm.loading import SLM
+from dynprune.slm.pruning import LayerPruner
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test query under one configuration.
+
+    Attributes:
+        id: The query's id.
+        pruned_layers: The configuration.
+        output: What the SLM said.
+        token_ids: The same as tokens.
+        truncated: Whether the token limit cut it off.
+        scores: All scores of the output.
+    """
+
+    id: str
+    pruned_layers: tuple[int, ...]
+    output: str
+    token_ids: tuple[int, ...]
+    truncated: bool
+    scores: Mapping[str, float]
+
+
+def run_queries(
+    slm: SLM,
+    pruner: LayerPruner,
+    queries: Sequence[Query],
+    configurations: Sequence[Sequence[int]],
+    drafts: Mapping[str, Continuation],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[Sample]:
+    """Generates and scores the answer of each query under its configuration.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner, entered.
+        queries: The queries.
+        configurations: Pruned layers for each query.
+        drafts: By query id, an output that may well come again; they change the speed, not the outputs.
+        max_new_tokens: Limit of each output, stop token included.
+        batch_size: Queries generated together.
+
+    Yields:
+        A sample for each query, in the order in which they finish.
+    """
+    requests = [
+        Request(
+            prompt=tuple(
+                slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids
+            ),
+            pruned_layers=tuple(sorted(configuration)),
+            draft=drafts.get(query.id),
+        )
+        for query, configuration in zip(queries, configurations, strict=True)
+    ]
+    for position, continuation in generate_all(slm, pruner, requests, max_new_tokens, batch_size):
+        query = queries[position]
+        output = slm.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
+        yield Sample(
+            id=query.id,
+            pruned_layers=requests[position].pruned_layers,
+            output=output,
+            token_ids=continuation.token_ids,
+            truncated=continuation.truncated,
+            scores={name: score(output, query) for name, score in SCORES.items()},
+        )

@@ -1,0 +1,127 @@
+"""Timing rows of the table against each other: the same queries, the same token counts, in turns, in one run.
+
+For each query the rows take turns in random order, so that a machine that grows slower meets all of them alike. A row's time
+is that of the router (tokenising, encoding, choosing), of the prompt (prefill) and of each further token (decode). All rows
+generate the number of tokens that the full SLM's answer has: a pruned SLM that stops early would look fast.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from dynprune.data.tasks import Query
+from dynprune.slm.loading import SLM
+from dynprune.slm.pruning import LayerPruner
+
+Chooser = Callable[[Query], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One query under one row, in seconds.
+
+    Attributes:
+        id: The query's id.
+        row: The row's name.
+        tokens: Number of generated tokens.
+        route: Time that choosing the configuration took.
+        prefill: Time from the prompt to the first token.
+        decode: Time of the tokens after the first.
+        cache_bytes: Size of the keys and values at the end.
+    """
+
+    id: str
+    row: str
+    tokens: int
+    route: float
+    prefill: float
+    decode: float
+    cache_bytes: int
+
+    @property
+    def total(self) -> float:
+        """Everything, in seconds."""
+        return self.route + self.prefill + self.decode
+
+
+def time_rows(
+    slm: SLM,
+    pruner: LayerPruner,
+    queries: Sequence[Query],
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    rows: Mapping[str, Chooser],
+    warmup: int,
+    seed: int,
+) -> Iterator[Timing]:
+    """Times each row on each query.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner, entered.
+        queries: The queries to time.
+        prompts: Their prompts, tokenised.
+        tokens: How many tokens to generate for each query, at least 1.
+        rows: For each row what chooses its configuration, the router included.
+        warmup: Queries that are run first without being counted.
+        seed: Seed of the order of turns.
+
+    Yields:
+        A timing for each query and row.
+    """
+    rng = random.Random(seed)
+    for position in [*range(min(warmup, len(queries))), *range(-len(queries), 0)]:
+        for name in rng.sample(sorted(rows), len(rows)):
+            timing = _time_one(
+                slm, pruner, queries[position], prompts[position], tokens[position], name, rows[name]
+            )
+            if position < 0:
+                yield timing
+
+
+@torch.inference_mode()
+def _time_one(
+    slm: SLM,
+    pruner: LayerPruner,
+    query: Query,
+    prompt: Sequence[int],
+    tokens: int,
+    name: str,
+    choose: Chooser,
+) -> Timing:
+    start = _now(slm)
+    pruner.prune(choose(query))
+    routed = _now(slm)
+    cache = DynamicCache()
+    token_11 = _next_token(slm, torch.tensor([list(prompt)], device=slm.device), 0, cache)
+    prefilled = _now(slm)
+    for step in range(tokens - 1):
+        token_11 = _next_token(slm, token_11, len(prompt) + step, cache)
+    end = _now(slm)
+    return Timing(
+        id=query.id,
+        row=name,
+        tokens=tokens,
+        route=routed - start,
+        prefill=prefilled - routed,
+        decode=end - prefilled,
+        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+    )
+
+
+def _next_token(slm: SLM, ids_1T: torch.Tensor, past: int, cache: DynamicCache) -> torch.Tensor:
+    positions = torch.arange(past, past + ids_1T.shape[1], device=slm.device)[None]
+    logits = slm.model(
+        input_ids=ids_1T, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
+    ).logits
+    return logits[:, -1].argmax(dim=-1, keepdim=True)
+
+
+def _now(slm: SLM) -> float:
+    if slm.device.type == "cuda":
+        torch.cuda.synchronize(slm.device)
+    return time.perf_counter()

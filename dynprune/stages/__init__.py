@@ -1,0 +1,1 @@
+"""The stages of a run, each of which makes one kind of artifact out of those before it."""

@@ -1,0 +1,229 @@
+"""The stage ``evaluate``: runs the rows of the table on the test split, and times them against each other."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dynprune.artifacts import Artifact
+from dynprune.atomic import replacing
+from dynprune.data.tasks import Query
+from dynprune.evaluation.accuracy import Sample, run_queries
+from dynprune.evaluation.latency import Chooser, Timing, time_rows
+from dynprune.evaluation.machine import describe_machine
+from dynprune.evaluation.static_search import greedy_static_sets
+from dynprune.slm.generation import Continuation
+from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.progress import track
+from dynprune.stages.router import chooser, router
+from dynprune.stages.run import Run, digest, plain
+
+VERSION = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        name: Its name.
+        choose: What gives the configuration for a query.
+        origin: The fingerprint, or the layers, that the configurations come from.
+        uses_router: Whether choosing costs a pass of the router.
+    """
+
+    name: str
+    choose: Chooser
+    origin: str
+    uses_router: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` gives to the report."""
+
+    queries: list[Query]
+    rows: list[Row]
+    samples: dict[str, list[Sample]]
+    timings: list[Timing]
+
+
+def evaluate(run: Run) -> Evaluation:
+    """Runs all rows of the configuration."""
+    queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
+    rows = _rows(run)
+    samples: dict[str, list[Sample]] = {}
+    drafts: Mapping[str, Continuation] = {}
+    for row in rows:
+        artifact = _run_row(run, row, queries, drafts)
+        samples[row.name] = _read_samples(artifact.folder)
+        if row.name == "original":
+            drafts = {s.id: Continuation(s.token_ids, s.truncated) for s in samples[row.name]}
+    return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
+
+
+def static_sets(run: Run) -> Artifact:
+    """Searches the static sets up to the largest size that the table asks for."""
+    settings = run.config.evaluation
+    queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
+    adapters_artifact = adapters(run)
+    config = {"model": run.model_identity, "largest": max(settings.static)}
+    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
+
+    def build(folder: Path) -> dict[str, object]:
+        samples = [run.tokens(query) for query in queries]
+        samples.sort(key=lambda sample: len(sample[0]))
+        with pruner_of(run, adapters_artifact) as pruner:
+            search = greedy_static_sets(
+                run.slm, pruner, samples, max(settings.static), run.config.hardware.batch_size
+            )
+            found = list(track(search, "searching static sets", max(settings.static)))
+        sets = {str(len(layers)): {"layers": list(layers), "nats_per_token": loss} for layers, loss in found}
+        with replacing(folder / "sets.json") as path:
+            path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
+        return {"sets": len(sets), "queries": len(queries)}
+
+    return run.store.get_or_build("static", VERSION, config, digest(queries), upstream, build, resumable=False)
+
+
+def _rows(run: Run) -> list[Row]:
+    settings = run.config.evaluation
+    rows = [Row("original", lambda query: (), "[]", uses_router=False)]
+    if settings.pruned_layers is not None:
+        layers = sorted(settings.pruned_layers)
+        return [*rows, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers), uses_router=False)]
+    if settings.static:
+        sets = json.loads((static_sets(run).folder / "sets.json").read_text(encoding="utf-8"))
+        for size in settings.static:
+            layers = sets[str(size)]["layers"]
+            rows.append(Row(f"static-{size}", _always(layers), str(layers), uses_router=False))
+    methods: Mapping[str, DictConfig] = settings.routers or {run.config.method.name: run.config.method}
+    for name, method in methods.items():
+        artifact = router(run, method)
+        rows.append(Row(f"router-{name}", chooser(run, artifact), artifact.fingerprint, uses_router=True))
+    return rows
+
+
+def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
+    return lambda query: layers
+
+
+def _run_row(
+    run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, Continuation]
+) -> Artifact:
+    adapters_artifact = adapters(run)
+    config = {
+        "model": run.model_identity,
+        "origin": row.origin,
+        "max_tokens_margin": run.config.evaluation.max_tokens_margin,
+    }
+    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
+    if row.name == "original":
+        # Without pruning there is nothing that adapters could change.
+        adapters_artifact, upstream = None, {}
+
+    def build(folder: Path) -> dict[str, object]:
+        configurations = [tuple(row.choose(query)) for query in queries]
+        # The first row has no outputs to draft from but the reference answers, which it often repeats.
+        references = {
+            query.id: Continuation(tuple(run.tokens(query)[1]), truncated=False) for query in queries
+        }
+        by_id = {query.id: query for query in queries}
+        with pruner_of(run, adapters_artifact) as pruner:
+            results = run_queries(
+                run.slm,
+                pruner,
+                queries,
+                configurations,
+                drafts or references,
+                run.max_new_tokens(queries),
+                run.config.hardware.batch_size,
+            )
+            samples = []
+            for sample in track(results, f"evaluating {row.name}", len(queries)):
+                samples.append(sample)
+                if run.config.evaluation.verbose:
+                    log.info("%s", _verdict(row.name, by_id[sample.id], sample))
+        order = {query.id: position for position, query in enumerate(queries)}
+        samples.sort(key=lambda sample: order[sample.id])
+        write_samples(samples, folder / "samples.jsonl")
+        return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples)}
+
+    return run.store.get_or_build(
+        "evaluate", VERSION, config, digest(queries), upstream, build, resumable=False
+    )
+
+
+def write_samples(samples: Sequence[Sample], target: Path) -> None:
+    """Writes samples, one JSON object a line."""
+    with replacing(target) as path:
+        path.write_text(
+            "".join(json.dumps(asdict(sample)) + "\n" for sample in samples), encoding="utf-8"
+        )
+
+
+def _read_samples(folder: Path) -> list[Sample]:
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    for record in records:
+        record["pruned_layers"] = tuple(record["pruned_layers"])
+        record["token_ids"] = tuple(record["token_ids"])
+    return [Sample(**record) for record in records]
+
+
+def _verdict(row: str, query: Query, sample: Sample) -> str:
+    asked = query.messages[-1]["content"]
+    scores = ", ".join(f"{name} {value:g}" for name, value in sample.scores.items())
+    return f"{row} | {query.id}: {asked}\n  pruned {list(sample.pruned_layers)}\n  says {sample.output}\n  {scores}"
+
+
+def _time(
+    run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Sequence[Sample]
+) -> list[Timing]:
+    """Times all rows in turns; machine and hardware are part of the artifact's identity."""
+    settings = run.config.evaluation.latency
+    timed = queries[: settings.queries]
+    if not timed:
+        return []
+    adapters_artifact = adapters(run)
+    config = {
+        "model": run.model_identity,
+        "rows": {row.name: row.origin for row in rows},
+        "latency": plain(settings),
+        "machine": describe_machine(),
+        "device": run.config.hardware.device,
+        "seed": run.config.seed,
+    }
+    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
+
+    def build(folder: Path) -> dict[str, object]:
+        prompts = [run.tokens(query)[0] for query in timed]
+        tokens = [
+            max(1, min(settings.max_tokens, len(sample.token_ids) + 1)) for sample in originals[: len(timed)]
+        ]
+        with pruner_of(run, adapters_artifact) as pruner:
+            results = time_rows(
+                run.slm,
+                pruner,
+                timed,
+                prompts,
+                tokens,
+                {row.name: row.choose for row in rows},
+                settings.warmup,
+                run.config.seed,
+            )
+            timings = list(track(results, "timing the rows in turns", len(timed) * len(rows)))
+        with replacing(folder / "timings.jsonl") as path:
+            path.write_text("".join(json.dumps(asdict(t)) + "\n" for t in timings), encoding="utf-8")
+        return {"queries": len(timed), "rows": len(rows)}
+
+    artifact = run.store.get_or_build(
+        "latency", VERSION, config, digest(timed), upstream, build, resumable=False
+    )
+    lines = (artifact.folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Timing(**json.loads(line)) for line in lines]

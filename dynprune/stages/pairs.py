@@ -1,0 +1,1 @@
+"""The stage ``pairs``: turns the rollouts of each query into preference pairs."""

@@ -1,0 +1,105 @@
+"""The stage ``report``: the table and the figures of a run, in ``report/`` of its folder."""
+
+import json
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from dynprune.evaluation.figures import accuracy_speedup, layer_error, layers_pruned
+from dynprune.evaluation.latency import Timing
+from dynprune.evaluation.machine import describe_machine, versions
+from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
+from dynprune.evaluation.statistics import Comparison, MedianInterval, compare, mean_interval, median_interval
+from dynprune.evaluation.table import TableRow, render_table, write_table
+from dynprune.stages.adapters import adapters
+from dynprune.stages.evaluate import Evaluation, Row, evaluate, write_samples
+from dynprune.stages.run import Run, plain
+
+log = logging.getLogger(__name__)
+_COMPARED_BY = "ast_match"
+
+
+def report(run: Run) -> Path:
+    """Writes table, samples and figures, and shows the table.
+
+    Returns:
+        The folder.
+    """
+    evaluation = evaluate(run)
+    folder = run.folder / "report"
+    rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
+    comparisons = _comparisons(evaluation, rows)
+    write_table(rows, folder, describe_machine(), versions(), plain(run.config), comparisons)
+    for name, samples in evaluation.samples.items():
+        write_samples(samples, folder / "samples" / f"{name}.jsonl")
+    accuracy_speedup(rows, folder / "accuracy_speedup.png")
+    pruned = {
+        row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if row.name != "original"
+    }
+    if pruned:
+        layers_pruned(pruned, folder / "layers_pruned.png")
+    artifact = adapters(run)
+    if artifact is not None:
+        errors = json.loads((artifact.folder / "errors.json").read_text(encoding="utf-8"))
+        layer_error(errors["mse"], errors["relative_error"], folder / "layer_error.png")
+    Console().print(render_table(rows))
+    for path in sorted(folder.iterdir()):
+        log.info("wrote %s", path)
+    return folder
+
+
+def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
+    samples = evaluation.samples[row.name]
+    mean_pruned = sum(len(sample.pruned_layers) for sample in samples) / len(samples)
+    cost = run.config.router.cost_layers if row.uses_router else 0.0
+    return TableRow(
+        name=row.name,
+        n=len(samples),
+        scores={
+            name: mean_interval([sample.scores[name] for sample in samples]) for name in samples[0].scores
+        },
+        mean_pruned_layers=mean_pruned,
+        nominal_speedup=nominal_speedup(mean_pruned, cost, run.slm.num_layers),
+        truncated=sum(sample.truncated for sample in samples),
+        **_times(row.name, evaluation.timings),
+    )
+
+
+def _times(name: str, timings: list[Timing]) -> dict[str, MedianInterval | int]:
+    full = {timing.id: timing for timing in timings if timing.row == "original"}
+    mine = [timing for timing in timings if timing.row == name]
+    if not mine:
+        return {}
+    base = [full[timing.id] for timing in mine]
+    return {
+        "measured_speedup": measured_speedup([t.total for t in mine], [t.total for t in base]),
+        "prefill_speedup": measured_speedup([t.route + t.prefill for t in mine], [t.route + t.prefill for t in base]),
+        "decode_speedup": measured_speedup([t.decode for t in mine], [t.decode for t in base]),
+        "seconds": median_interval([t.total for t in mine]),
+        "timed": len(mine),
+    }
+
+
+def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Comparison]:
+    """Each router against the unpruned SLM and against the static set nearest to it in size; routers against each other."""
+    statics = [row for row in rows if row.name.startswith("static-")]
+    routers = [row for row in rows if row.name.startswith("router-")]
+    pairs = [(row.name, "original") for row in rows if row.name != "original"]
+    for router in routers:
+        nearest = sorted(statics, key=lambda s: abs(s.mean_pruned_layers - router.mean_pruned_layers))[:1]
+        pairs += [(router.name, static.name) for static in nearest]
+    pairs += [(a.name, b.name) for i, a in enumerate(routers) for b in routers[:i]]
+    scores = {
+        name: [sample.scores[_COMPARED_BY] for sample in samples]
+        for name, samples in evaluation.samples.items()
+    }
+    return compare(scores, pairs, _COMPARED_BY) if pairs else []
+
+
+def _frequency(run: Run, evaluation: Evaluation, name: str) -> list[float]:
+    samples = evaluation.samples[name]
+    return [
+        sum(layer in sample.pruned_layers for sample in samples) / len(samples)
+        for layer in range(run.slm.num_layers)
+    ]

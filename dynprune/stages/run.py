@@ -1,0 +1,137 @@
+"""One run: its configuration, its artifacts, and the parts that several stages need, each loaded once."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from dynprune.artifacts import Store
+from dynprune.data.prompts import render_answer, render_prompt
+from dynprune.data.splits import split_by_function
+from dynprune.data.tasks import Query
+from dynprune.slm.loading import SLM, delta_folder
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """What a run was asked for, and what its stages share.
+
+    Attributes:
+        config: The composed configuration.
+        folder: The run's own folder.
+        store: The artifacts.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        """Binds the configuration; nothing is loaded yet.
+
+        Args:
+            config: The composed configuration.
+        """
+        self.config = config
+        self.folder = Path(config.paths.run)
+        self.store = Store(Path(config.paths.artifacts))
+
+    @cached_property
+    def slm(self) -> SLM:
+        """The SLM, loaded."""
+        log.info("loading the SLM")
+        slm: SLM = instantiate(self.config.model, device=self.config.hardware.device)
+        return slm
+
+    @cached_property
+    def splits(self) -> dict[str, list[Query]]:
+        """The queries of each split, in an order that the split's seed fixes."""
+        queries = instantiate(self.config.data.source)
+        seed = self.config.data.split_seed
+        splits = split_by_function(queries, plain(self.config.data.splits), seed)
+        for members in splits.values():
+            random.Random(seed).shuffle(members)
+        log.info("queries: %s", ", ".join(f"{name} {len(members)}" for name, members in splits.items()))
+        return splits
+
+    def queries(self, split: str, limit: int | None, limit_key: str) -> list[Query]:
+        """The first queries of a split.
+
+        Args:
+            split: Name of the split.
+            limit: How many, at most; ``None`` for all.
+            limit_key: The configuration key that says so, for the error message.
+
+        Raises:
+            ValueError: If the limit is below 1, or the split is empty.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"{limit_key}={limit} leaves no query; allowed: null for all, or at least 1")
+        queries = self.splits[split][:limit]
+        if not queries:
+            raise ValueError(f"the {split} split is empty; give it a share: data.splits.{split}=0.2")
+        return queries
+
+    @cached_property
+    def model_identity(self) -> dict[str, Any]:
+        """What identifies the SLM: its configuration and, with a delta, the delta's content."""
+        identity: dict[str, Any] = plain(self.config.model)
+        if identity.get("delta") is not None:
+            weights = delta_folder(identity["delta"]) / "adapter_model.safetensors"
+            identity["delta_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        return identity
+
+    def max_new_tokens(self, queries: Sequence[Query]) -> int:
+        """A token limit for answers to some queries, by the longest reference answer."""
+        encode = self.slm.tokenizer
+        longest = max(len(encode(render_answer(q), add_special_tokens=False).input_ids) for q in queries)
+        return round(float(self.config.evaluation.max_tokens_margin) * (longest + 1))
+
+    def tokens(self, query: Query) -> tuple[list[int], list[int]]:
+        """A query's prompt and reference answer as the SLM's tokens, the answer without a stop token."""
+        encode = self.slm.tokenizer
+        prompt = encode(render_prompt(encode, query), add_special_tokens=False).input_ids
+        return prompt, encode(render_answer(query), add_special_tokens=False).input_ids
+
+    def trainer(self, name: str, folder: Path, callbacks: Sequence[Callback], **changes: Any) -> lightning.Trainer:
+        """Lightning's trainer of the hardware's configuration.
+
+        Args:
+            name: What is trained, for the loggers.
+            folder: Where checkpoints go by default.
+            callbacks: Callbacks beside the progress bar.
+            changes: Arguments of the trainer that are the stage's own.
+        """
+        loggers: list[Logger] = [
+            instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None
+        ]
+        arguments = {**plain(self.config.hardware.trainer), **changes}
+        return lightning.Trainer(
+            default_root_dir=folder,
+            logger=loggers or False,
+            callbacks=[RichProgressBar(), *callbacks],
+            enable_model_summary=False,
+            # The streams draw a new order for each epoch when their loader is made.
+            reload_dataloaders_every_n_epochs=1,
+            log_every_n_steps=1,
+            **arguments,
+        )
+
+
+def plain(config: Any) -> Any:
+    """A configuration node as plain dicts and lists, resolved; a plain value as it is."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def digest(queries: Sequence[Query]) -> Mapping[str, Any]:
+    """What identifies a list of queries: their number and a hash of their contents."""
+    text = json.dumps([asdict(query) for query in queries], sort_keys=True)
+    return {"queries": len(queries), "sha256": hashlib.sha256(text.encode()).hexdigest()}
