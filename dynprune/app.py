@@ -26,7 +26,6 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.adapt import adapt
     from dynprune.stages.adapters import adapters
     from dynprune.stages.bench import bench
-    from dynprune.stages.evaluate import evaluate
     from dynprune.stages.explore import explore
     from dynprune.stages.pairs import pairs
     from dynprune.stages.report import report

@@ -34,9 +34,7 @@ def must_not_build(folder: Path) -> dict[str, int]:
 
 def get(root: Path, build=write_answer, resumable=True, rank=0, **changed):
     distributed = changed.pop("distributed", False)
-    return Store(root, rank).get_or_build(
-        **(INPUTS | changed), build=build, resumable=resumable, distributed=distributed
-    )
+    return Store(root, rank).get_or_build(**(INPUTS | changed), build=build, resumable=resumable, distributed=distributed)
 
 
 # Fingerprints
@@ -53,10 +51,7 @@ json_mappings = st.dictionaries(st.text(), json_values, max_size=4)
 
 
 def test_the_fingerprint_is_the_sha256_of_sorted_compact_json():
-    text = (
-        b'{"config":{"a":[1,null],"lr":0.001},"data":{"name":"bfcl"},'
-        b'"stage":"router","upstream":{"pairs":"ff"},"version":3}'
-    )
+    text = b'{"config":{"a":[1,null],"lr":0.001},"data":{"name":"bfcl"},"stage":"router","upstream":{"pairs":"ff"},"version":3}'
     found = fingerprint("router", 3, {"lr": 1e-3, "a": (1, None)}, {"name": "bfcl"}, {"pairs": "ff"})
     assert found == hashlib.sha256(text).hexdigest()[:16]
 
@@ -300,9 +295,7 @@ def meet_and_build(root: Path, rank: int, barrier, failing: bool) -> None:
 @pytest.mark.parametrize(("failing", "exitcodes"), [(False, [0, 0]), (True, [1, 4])])
 def test_the_ranks_of_a_distributed_build_meet_inside_it(tmp_path, failing, exitcodes):
     barrier = SPAWN.Barrier(2)
-    processes = [
-        SPAWN.Process(target=meet_and_build, args=(tmp_path, rank, barrier, failing)) for rank in (0, 1)
-    ]
+    processes = [SPAWN.Process(target=meet_and_build, args=(tmp_path, rank, barrier, failing)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:

@@ -206,9 +206,7 @@ def test_layer_error_figure_takes_a_layer_that_is_reproduced_exactly():
     assert upper.get_ylim()[0] > 0
 
 
-@pytest.mark.parametrize(
-    ("mse", "relative"), [([1.0], [1.0, 2.0]), ([], []), ([float("nan")], [1.0]), ([-1.0], [1.0])]
-)
+@pytest.mark.parametrize(("mse", "relative"), [([1.0], [1.0, 2.0]), ([], []), ([float("nan")], [1.0]), ([-1.0], [1.0])])
 def test_layer_errors_that_cannot_be_drawn_are_refused(mse, relative):
     with pytest.raises(ValueError, match="figure of layer errors"):
         build_layer_error(mse, relative)
@@ -224,9 +222,7 @@ def test_layers_figure_draws_a_strip_of_shares_for_each_row():
 
 
 def test_layers_figure_writes_names_shares_and_mean_layers():
-    assert {"static-2", "router-dpo", "10", "50", "96", "2.0", "1.6"} <= set(
-        texts(build_layers_pruned(FREQUENCY))
-    )
+    assert {"static-2", "router-dpo", "10", "50", "96", "2.0", "1.6"} <= set(texts(build_layers_pruned(FREQUENCY)))
 
 
 def test_long_row_names_stay_inside_the_layers_figure():

@@ -53,9 +53,8 @@ def violations(source: str, module: str, is_package: bool = False) -> set[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_go_in_the_direction_of_the_design(path):
-    assert (
-        violations(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py") == set()
-    )
+    source = path.read_text(encoding="utf-8")
+    assert violations(source, module_name(path), is_package=path.name == "__init__.py") == set()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

@@ -22,9 +22,7 @@ def lay_out(package: Path, *conf_folders: Path) -> None:
 
 def found_by(package: Path) -> Path:
     code = "from dynprune.paths import conf_dir; print(conf_dir())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=package.parent, env={}, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=package.parent, env={}, capture_output=True, text=True, check=True)
     return Path(done.stdout.strip())
 
 

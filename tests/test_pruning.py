@@ -3,38 +3,15 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.generation import Continuation, Request, generate, generate_all
 from dynprune.slm.loading import SLM
-from dynprune.slm.pruning import LayerPruner
+from dynprune.slm.pruning import LayerPruner, starting_at
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
 L = 4
-
-
-def tiny_slm(architecture: str, **overrides) -> SLM:
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=L,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        **overrides,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    tokenizer.padding_side = "left"
-    return SLM(model=model, tokenizer=tokenizer, name=architecture)
 
 
 def random_adapters() -> AdapterStack:
@@ -46,8 +23,8 @@ def random_adapters() -> AdapterStack:
 
 
 @pytest.fixture(params=ARCHITECTURES)
-def slm(request) -> SLM:
-    return tiny_slm(request.param)
+def slm(request, make_slm) -> SLM:
+    return make_slm(request.param)
 
 
 class Replaced(torch.nn.Module):
@@ -172,8 +149,8 @@ def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
     assert [(list(g.token_ids), g.truncated) for g in got] == want
 
 
-def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text():
-    slm = tiny_slm("mistral", sliding_window=8)
+def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text(make_slm):
+    slm = make_slm("mistral", sliding_window=8)
     adapters = random_adapters()
     rows = prompts(4)
     with LayerPruner(slm, adapters) as pruner:
@@ -186,10 +163,15 @@ def test_leaving_the_context_restores_the_model_bit_for_bit_even_after_an_error(
     ids = torch.arange(20)[None]
     before, state = slm.model(input_ids=ids).logits, {k: v.clone() for k, v in slm.model.state_dict().items()}
     modules = [type(m) for m in slm.model.modules()]
-    with pytest.raises(RuntimeError, match="on purpose"), LayerPruner(slm, random_adapters()) as pruner:
-        pruner.prune([0, 2])
-        assert not torch.equal(slm.model(input_ids=ids).logits, before)
-        raise RuntimeError("on purpose")
+
+    def prune_and_fail() -> None:
+        with LayerPruner(slm, random_adapters()) as pruner:
+            pruner.prune([0, 2])
+            assert not torch.equal(slm.model(input_ids=ids).logits, before)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        prune_and_fail()
     assert torch.equal(slm.model(input_ids=ids).logits, before)
     assert [type(m) for m in slm.model.modules()] == modules
     assert all(torch.equal(v, state[k]) for k, v in slm.model.state_dict().items())
@@ -222,13 +204,13 @@ def test_hidden_states_recorded_by_transformers_are_those_of_the_pruned_pass(slm
         (torch.zeros(2, 5, dtype=torch.bool), r"needs \(batch, 4\)"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(configuration, sentence):
-    with pytest.raises(ValueError, match=sentence), LayerPruner(tiny_slm("llama")) as pruner:
+def test_a_configuration_that_does_not_fit_is_refused(make_slm, configuration, sentence):
+    with pytest.raises(ValueError, match=sentence), LayerPruner(make_slm()) as pruner:
         pruner.prune(configuration)
 
 
-def test_a_mask_for_another_batch_adapters_for_another_model_and_nesting_are_refused():
-    slm = tiny_slm("llama")
+def test_a_mask_for_another_batch_adapters_for_another_model_and_nesting_are_refused(make_slm):
+    slm = make_slm()
     with LayerPruner(slm) as pruner:
         pruner.prune(torch.ones(3, L, dtype=torch.bool))
         with pytest.raises(ValueError, match="3 rows, but the batch has 1"):
@@ -237,3 +219,22 @@ def test_a_mask_for_another_batch_adapters_for_another_model_and_nesting_are_ref
             pass
     with pytest.raises(ValueError, match="made for 3 layers of width 32"):
         LayerPruner(slm, AdapterStack(3, 32, 4))
+
+
+@pytest.mark.parametrize("first", range(L))
+def test_a_pass_that_starts_at_a_layer_with_its_known_input_ends_as_the_whole_pass_does(slm, first):
+    adapters = random_adapters()
+    ids = torch.arange(20)[None]
+    inputs = []
+    with LayerPruner(slm, adapters) as pruner:
+        pruner.prune([1])
+        handle = slm.layers[first].register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
+        slm.model(input_ids=ids)
+        handle.remove()
+        pruner.prune(sorted({1, first}))
+        want = slm.model(input_ids=ids).logits
+        with starting_at(slm, first, inputs[0]):
+            got = slm.model(input_ids=ids, use_cache=False).logits
+        again = slm.model(input_ids=ids).logits
+    assert torch.equal(got, want)
+    assert torch.equal(again, want)

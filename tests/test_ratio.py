@@ -25,9 +25,7 @@ def exact_masses(edges: list) -> list:
     def tail(z):
         return mp.erfc(z / mp.sqrt(2)) / 2
 
-    inner = [
-        tail(a) - tail(b) if a > 0 else tail(-b) - tail(-a) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    inner = [tail(a) - tail(b) if a > 0 else tail(-b) - tail(-a) for a, b in zip(edges, edges[1:], strict=False)]
     return [tail(-edges[0]), *inner, tail(edges[-1])]
 
 

@@ -8,9 +8,7 @@ from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
     ("mean_pruned_layers", "router_cost_layers", "percent"),
     [(0, 0, 0.0), (2, 0, 7.1), (3, 0, 10.7), (5, 0, 17.9), (5.5, 1, 16.1), (5.8, 1, 17.1), (6, 1, 17.9)],
 )
-def test_nominal_speedup_is_that_of_the_thesis_with_28_layers(
-    mean_pruned_layers, router_cost_layers, percent
-):
+def test_nominal_speedup_is_that_of_the_thesis_with_28_layers(mean_pruned_layers, router_cost_layers, percent):
     assert round(100 * nominal_speedup(mean_pruned_layers, router_cost_layers, 28), 1) == percent
 
 

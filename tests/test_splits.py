@@ -19,9 +19,7 @@ def query(number: int, *functions: str, category: str = "simple") -> Query:
 
 def chained(n: int) -> list[Query]:
     """Queries in families of up to four that share functions in a chain."""
-    return [
-        query(i, f"f{i // 4}.{i % 4}", f"f{i // 4}.{(i + 1) % 4}", category="ab"[i // 4 % 2]) for i in range(n)
-    ]
+    return [query(i, f"f{i // 4}.{i % 4}", f"f{i // 4}.{(i + 1) % 4}", category="ab"[i // 4 % 2]) for i in range(n)]
 
 
 def test_no_two_splits_call_the_same_function_even_through_a_chain():

@@ -78,9 +78,7 @@ def test_interval_of_a_large_symmetric_sample_is_close_to_the_normal_one():
     values = np.random.default_rng(3).normal(2.0, 1.0, size=800)
     half = Z * values.std(ddof=1) / math.sqrt(values.size)
     interval = mean_interval(values)
-    assert (interval.low, interval.high) == pytest.approx(
-        (values.mean() - half, values.mean() + half), abs=0.1 * half
-    )
+    assert (interval.low, interval.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
 
 
 def test_same_seed_gives_the_same_interval_and_another_seed_another():
@@ -164,9 +162,7 @@ def test_holm_stops_at_1_and_takes_no_tests():
 
 def test_comparisons_made_together_are_corrected_together():
     scores = {"original": [1] * 12, "static-2": [0] * 6 + [1] * 6, "router-dpo": [0] * 8 + [1] * 4}
-    first, second = compare(
-        scores, [("static-2", "original"), ("router-dpo", "original")], "ast_match", seed=4
-    )
+    first, second = compare(scores, [("static-2", "original"), ("router-dpo", "original")], "ast_match", seed=4)
     assert (first.row, first.baseline, first.score, first.n) == ("static-2", "original", "ast_match", 12)
     assert (first.wins, first.losses) == (0, 6)
     assert first.difference.mean == -0.5

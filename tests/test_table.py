@@ -44,9 +44,7 @@ ROWS = [
     make_row("original", mean_pruned_layers=0.0, nominal_speedup=0.0, measured_speedup=None),
     make_row("router-dpo"),
 ]
-COMPARISON = Comparison(
-    "router-dpo", "original", "ast_match", 200, Interval(-0.03, -0.08, 0.02), 9, 15, 0.3072, 0.0004
-)
+COMPARISON = Comparison("router-dpo", "original", "ast_match", 200, Interval(-0.03, -0.08, 0.02), 9, 15, 0.3072, 0.0004)
 
 
 def write(folder, rows=ROWS, comparisons=(COMPARISON,)):

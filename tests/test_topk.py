@@ -67,9 +67,7 @@ def test_soft_permutation_is_pots_sinkhorn_after_as_many_iterations(epsilon: flo
     for row, plan in zip(scores.numpy(), found.numpy(), strict=True):
         cost = (row[:, None] - np.sort(row)[::-1][None, :]) ** 2
         uniform = np.full(9, 1 / 9)
-        expected = ot.bregman.sinkhorn_log(
-            uniform, uniform, cost, reg=epsilon, numItermax=iterations, stopThr=0, warn=False
-        )
+        expected = ot.bregman.sinkhorn_log(uniform, uniform, cost, reg=epsilon, numItermax=iterations, stopThr=0, warn=False)
         np.testing.assert_allclose(plan, 9 * expected, rtol=1e-9, atol=1e-12)
 
 
@@ -78,9 +76,7 @@ def test_soft_permutation_converges_to_pots_doubly_stochastic_plan() -> None:
     plan = soft_permutation(scores, 0.05, 3000).exp()[0].numpy()
     cost = (scores.numpy()[0][:, None] - np.sort(scores.numpy()[0])[::-1][None, :]) ** 2
     uniform = np.full(12, 1 / 12)
-    expected = 12 * ot.bregman.sinkhorn_log(
-        uniform, uniform, cost, reg=0.05, numItermax=100_000, stopThr=1e-12
-    )
+    expected = 12 * ot.bregman.sinkhorn_log(uniform, uniform, cost, reg=0.05, numItermax=100_000, stopThr=1e-12)
     np.testing.assert_allclose(plan, expected, atol=1e-7)
     np.testing.assert_allclose(plan.sum(axis=0), 1, atol=1e-7)
 
@@ -112,9 +108,7 @@ def test_gradients_of_log_esp_are_right() -> None:
 def test_conditional_bernoulli_samples_follow_the_weights_of_the_subsets(k: int) -> None:
     n, size = 30_000, 6
     logits = random_logits(1, size, scale=0.8)
-    masks = sample_conditional_bernoulli(
-        logits.expand(n, size), torch.full((n,), k), torch.Generator().manual_seed(1)
-    )
+    masks = sample_conditional_bernoulli(logits.expand(n, size), torch.full((n,), k), torch.Generator().manual_seed(1))
     codes = (masks.long() << torch.arange(size)).sum(dim=1).numpy()
     subsets = list(itertools.combinations(range(size), k))
     weights = np.array([math.exp(sum(logits[0, i].item() for i in subset)) for subset in subsets])

@@ -20,13 +20,9 @@ pytestmark = [
 
 def run(*command: str | Path, cwd: Path) -> str:
     # Without PYTHONPATH, or the checkout could stand in for the wheel.
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "DYNPRUNE"))
-    }
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "DYNPRUNE"))}
     environment["HF_HUB_OFFLINE"] = "1"
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 

@@ -61,9 +61,7 @@ def load_adapters(folder: Path) -> AdapterStack:
             raise ValueError(f"{files[index]} lacks {missing}; the thesis's adapters have {list(_THESIS_NAMES)}")
         layers.append([state[name].float() for name in _THESIS_NAMES])
     try:
-        stacked = {
-            name: torch.stack(list(tensors)) for name, tensors in zip(_NAMES, zip(*layers, strict=True), strict=True)
-        }
+        stacked = {name: torch.stack(list(tensors)) for name, tensors in zip(_NAMES, zip(*layers, strict=True), strict=True)}
     except RuntimeError as error:
         raise ValueError(f"the adapters in {folder} differ in shape from layer to layer: {error}") from None
     return _from_state(stacked, folder)
@@ -73,8 +71,7 @@ def save_thesis_adapters(adapters: AdapterStack, folder: Path) -> None:
     """Writes one ``adapter_{i}.pth`` a layer, as the thesis's code reads them."""
     for index in range(adapters.num_layers):
         state = {
-            thesis: getattr(adapters, name)[index].detach().clone()
-            for thesis, name in zip(_THESIS_NAMES, _NAMES, strict=True)
+            thesis: getattr(adapters, name)[index].detach().clone() for thesis, name in zip(_THESIS_NAMES, _NAMES, strict=True)
         }
         with replacing(folder / f"adapter_{index}.pth") as path:
             torch.save(state, path)

@@ -82,9 +82,7 @@ class Distillation(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs both errors of each layer, and their means."""
         self.log("validation/relative_error", self.relative_error_L.mean().float(), prog_bar=True)
-        for layer, (mse, relative) in enumerate(
-            zip(self.mse_L.tolist(), self.relative_error_L.tolist(), strict=True)
-        ):
+        for layer, (mse, relative) in enumerate(zip(self.mse_L.tolist(), self.relative_error_L.tolist(), strict=True)):
             self.log(f"validation/mse/layer_{layer:02d}", mse)
             self.log(f"validation/relative_error/layer_{layer:02d}", relative)
 

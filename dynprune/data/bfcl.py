@@ -21,9 +21,7 @@ CATEGORIES = (
 )
 
 
-def load_bfcl(
-    categories: Sequence[str] = CATEGORIES, max_chars: int | None = None, root: str | None = None
-) -> list[Query]:
+def load_bfcl(categories: Sequence[str] = CATEGORIES, max_chars: int | None = None, root: str | None = None) -> list[Query]:
     """Reads the queries of some categories.
 
     Args:

@@ -55,9 +55,7 @@ class HiddenStateStream(IterableDataset[Tensor]):
         width = max(len(sequence) for sequence in batch)
         pad = self._slm.tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in batch], device=self._slm.device)
-        attention_BT = torch.tensor(
-            [[0] * (width - len(s)) + [1] * len(s) for s in batch], device=self._slm.device
-        )
+        attention_BT = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in batch], device=self._slm.device)
         real_BT = attention_BT.bool()
         states: list[Tensor] = []
 

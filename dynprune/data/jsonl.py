@@ -187,9 +187,9 @@ def _parameter(spec: Any) -> dict[str, Any]:
 
 def _allowed(call: dict[str, Any], tool: dict[str, Any]) -> dict[str, list[Any]]:
     """What the checker accepts: the reference value, and leaving out what the reference gives as its default."""
-    parameters = tool.get("parameters", {"properties": {}, "required": []})
+    parameters: dict[str, Any] = tool["parameters"] if tool else {}
     allowed: dict[str, list[Any]] = {}
-    for name, spec in parameters["properties"].items():
+    for name, spec in parameters.get("properties", {}).items():
         if name in call["arguments"]:
             value = call["arguments"][name]
             allowed[name] = [_nested_allowed(value)]

@@ -80,8 +80,6 @@ def _check(path: Path, found: pa.Schema, expected: pa.Schema) -> None:
         raise ValueError(f"{path} was not written by dynprune: its metadata names no score and no layers")
     version = metadata[_VERSION_KEY].decode()
     if version != str(SCHEMA_VERSION):
-        raise ValueError(
-            f"{path} has schema version {version}, this dynprune reads {SCHEMA_VERSION}; make the file anew"
-        )
+        raise ValueError(f"{path} has schema version {version}, this dynprune reads {SCHEMA_VERSION}; make the file anew")
     if not found.equals(expected):
         raise ValueError(f"{path} has the columns {found.names}; expected {expected.names}")

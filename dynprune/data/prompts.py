@@ -59,9 +59,7 @@ def render_router_input(query: Query) -> str:
     not be what it cuts.
     """
     words = "\n".join(message["content"] for message in query.messages)
-    signatures = "; ".join(
-        f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))})" for tool in query.tools
-    )
+    signatures = "; ".join(f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))})" for tool in query.tools)
     return f"query: {words}\ntools: {signatures}"
 
 
@@ -80,8 +78,7 @@ def _schema(node: dict[str, Any]) -> dict[str, Any]:
         schema["type"] = _JSON_SCHEMA_TYPES.get(schema["type"], schema["type"])
     if isinstance(schema.get("properties"), dict):
         schema["properties"] = {
-            name: _schema(child) if isinstance(child, dict) else child
-            for name, child in schema["properties"].items()
+            name: _schema(child) if isinstance(child, dict) else child for name, child in schema["properties"].items()
         }
     if isinstance(schema.get("items"), dict):
         schema["items"] = _schema(schema["items"])

@@ -9,6 +9,7 @@ in each file's metadata.
 import itertools
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,20 +93,19 @@ class RolloutWriter:
         if not rollouts:
             return
         ids = [query_id for query_id, _ in itertools.groupby(rollouts, key=lambda rollout: rollout.id)]
-        again = self.completed_ids.intersection(ids) or {i for i in ids if ids.count(i) > 1}
-        if again:
+        if again := self.completed_ids.intersection(ids):
             raise ValueError(
-                f"query {min(again)!r} has rollouts in {self._folder} already; append all rollouts of a query "
-                "at once, one after another"
+                f"query {min(again)!r} has rollouts in {self._folder} already; append all rollouts of a query at once"
             )
+        if len(set(ids)) < len(ids):
+            apart = Counter(ids).most_common(1)[0][0]
+            raise ValueError(f"the rollouts of query {apart!r} must be appended one after another")
         for rollout in rollouts:
             _check_rollout(rollout, self._header.num_layers)
         path = self._folder / _SHARDS.replace("*", f"{self._next:06d}")
         if path.exists():
             raise ValueError(f"another process writes into {self._folder} at the same time; stop one of them")
-        table = pa.Table.from_pylist(
-            [asdict(rollout) for rollout in rollouts], schema=with_header(_SCHEMA, self._header)
-        )
+        table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=with_header(_SCHEMA, self._header))
         with replacing(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
         self._next += 1
@@ -141,7 +141,7 @@ def read_header(folder: Path) -> Header:
         ValueError: The folder holds no rollouts, or a shard is broken or disagrees with the others.
     """
     header = None
-    for path in _some_shards(folder):
+    for path in shards(folder):
         with open_parquet(path, _SCHEMA) as file:
             found = header_of(file)
         header = header or found
@@ -150,7 +150,7 @@ def read_header(folder: Path) -> Header:
     return header
 
 
-def shards_with_rows(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
     """List the shards of a folder in the order of their writing.
 
     Args:
@@ -159,7 +159,10 @@ def shards_with_rows(folder: Path) -> list[Path]:
     Raises:
         ValueError: There is none.
     """
-    return _some_shards(folder)
+    paths = _shards(folder)
+    if not paths:
+        raise ValueError(f"{folder} holds no rollouts ({_SHARDS}); run stage=explore")
+    return paths
 
 
 def read_shard(path: Path) -> Iterator[Rollout]:
@@ -186,7 +189,7 @@ def read_rollouts(folder: Path) -> Iterator[Rollout]:
     Raises:
         ValueError: The folder holds no rollouts, or a shard is broken.
     """
-    for path in _some_shards(folder):
+    for path in shards(folder):
         yield from read_shard(path)
 
 
@@ -202,13 +205,6 @@ def by_query(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
 
 def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob(_SHARDS))
-
-
-def _some_shards(folder: Path) -> list[Path]:
-    paths = _shards(folder)
-    if not paths:
-        raise ValueError(f"{folder} holds no rollouts ({_SHARDS}); run stage=explore")
-    return paths
 
 
 def _check_header(path: Path, found: Header, expected: Header) -> None:

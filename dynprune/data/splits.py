@@ -18,9 +18,7 @@ from dynprune.data.tasks import Query
 SPLITS = ("adapt", "train", "validation", "test")
 
 
-def split_by_function(
-    queries: Sequence[Query], shares: Mapping[str, float], seed: int
-) -> dict[str, list[Query]]:
+def split_by_function(queries: Sequence[Query], shares: Mapping[str, float], seed: int) -> dict[str, list[Query]]:
     """Deals queries out to splits so that no two splits call the same function.
 
     Args:

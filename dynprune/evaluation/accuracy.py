@@ -57,9 +57,7 @@ def run_queries(
     """
     requests = [
         Request(
-            prompt=tuple(
-                slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids
-            ),
+            prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
             pruned_layers=tuple(sorted(configuration)),
             draft=drafts.get(query.id),
         )
@@ -67,7 +65,7 @@ def run_queries(
     ]
     for position, continuation in generate_all(slm, pruner, requests, max_new_tokens, batch_size):
         query = queries[position]
-        output = slm.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
+        output = slm.decode(continuation.token_ids)
         yield Sample(
             id=query.id,
             pruned_layers=requests[position].pruned_layers,

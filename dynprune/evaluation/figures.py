@@ -63,9 +63,7 @@ def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -
         raise ValueError("The figure of accuracy and speedup needs at least one row of the table.")
     for row in rows:
         if score not in row.scores:
-            raise ValueError(
-                f"Row {row.name!r} has no score {score!r} to draw; it has {', '.join(row.scores)}."
-            )
+            raise ValueError(f"Row {row.name!r} has no score {score!r} to draw; it has {', '.join(row.scores)}.")
     figure, ax = _canvas(4.9, left=0.085, right=0.975, bottom=0.125, top=0.83)
     scale = score_scale(score)
     segments = _join_static_rows(ax, rows, score)
@@ -80,11 +78,7 @@ def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -
     )
     _fix_limits(ax)
     labels = [Label(100 * _speedup(r), scale * r.scores[score].mean, r.name, row_color(r.name)) for r in rows]
-    companions = [
-        np.array([100 * row.nominal_speedup, scale * row.scores[score].mean])
-        for row in rows
-        if _has_companion(row)
-    ]
+    companions = [np.array([100 * row.nominal_speedup, scale * row.scores[score].mean]) for row in rows if _has_companion(row)]
     place_labels(ax, labels, segments, companions, size=9.5)
     return figure
 
@@ -167,9 +161,7 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
         shades = LinearSegmentedColormap.from_list(name, ["#f1f1f1", row_color(name)])
         strip = np.asarray(share_L, dtype=np.float64)[None]
         edges = np.arange(num_layers + 1) - 0.5
-        mesh = ax.pcolormesh(
-            edges, [position - 0.4, position + 0.4], strip, cmap=shades, vmin=0, vmax=1, ec="white", lw=1.2
-        )
+        mesh = ax.pcolormesh(edges, [position - 0.4, position + 0.4], strip, cmap=shades, vmin=0, vmax=1, ec="white", lw=1.2)
         mesh.set_gid(name)
         name_style = {"ha": "right", "color": row_color(name), "weight": "bold"}
         _write_beside(ax, (0, position), -8, name, name_style)
@@ -279,9 +271,7 @@ def _draw_errors(ax: Axes, error_L: npt.NDArray[np.float64]) -> None:
         )
 
 
-def _write_beside(
-    ax: Axes, at: tuple[float, float], offset_pt: float, text: str, style: dict[str, Any]
-) -> None:
+def _write_beside(ax: Axes, at: tuple[float, float], offset_pt: float, text: str, style: dict[str, Any]) -> None:
     """Writes beside a strip: `at` is a share of the axes' width and a strip's position."""
     ax.annotate(
         text,

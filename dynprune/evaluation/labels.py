@@ -55,9 +55,7 @@ class _Candidates:
     cost_C: Array
 
 
-def place_labels(
-    ax: Axes, labels: Sequence[Label], segments: Sequence[Array], points: Sequence[Array], size: float
-) -> None:
+def place_labels(ax: Axes, labels: Sequence[Label], segments: Sequence[Array], points: Sequence[Array], size: float) -> None:
     """Writes the labels beside their points.
 
     Args:
@@ -116,9 +114,7 @@ def _choose(candidates: Sequence[_Candidates], fixed: Sequence[Array]) -> list[i
 
 def _candidates(ax: Axes, anchor: Array, size: Array, pixels_per_pt: float) -> _Candidates:
     size = size + np.array([_PADDING_PT, 0]) * pixels_per_pt
-    angle, radius_pt = (
-        grid.ravel() for grid in np.meshgrid(np.linspace(0, 2 * np.pi, _ANGLES, endpoint=False), _RADII_PT)
-    )
+    angle, radius_pt = (grid.ravel() for grid in np.meshgrid(np.linspace(0, 2 * np.pi, _ANGLES, endpoint=False), _RADII_PT))
     direction_C2 = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     # Clipping makes the ring of places a rounded rectangle: wide texts would cover the point from an ellipse.
     center_C2 = anchor + direction_C2 * radius_pt[:, None] * pixels_per_pt

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from dynprune.data.tasks import Query
 from dynprune.slm.loading import SLM
-from dynprune.slm.pruning import LayerPruner
+from dynprune.slm.pruning import LayerPruner, cache_bytes
 
 Chooser = Callable[[Query], Sequence[int]]
 
@@ -76,9 +76,7 @@ def time_rows(
     rng = random.Random(seed)
     for position in [*range(min(warmup, len(queries))), *range(-len(queries), 0)]:
         for name in rng.sample(sorted(rows), len(rows)):
-            timing = _time_one(
-                slm, pruner, queries[position], prompts[position], tokens[position], name, rows[name]
-            )
+            timing = _time_one(slm, pruner, queries[position], prompts[position], tokens[position], name, rows[name])
             if position < 0:
                 yield timing
 
@@ -109,15 +107,13 @@ def _time_one(
         route=routed - start,
         prefill=prefilled - routed,
         decode=end - prefilled,
-        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        cache_bytes=cache_bytes(cache),
     )
 
 
 def _next_token(slm: SLM, ids_1T: torch.Tensor, past: int, cache: DynamicCache) -> torch.Tensor:
     positions = torch.arange(past, past + ids_1T.shape[1], device=slm.device)[None]
-    logits = slm.model(
-        input_ids=ids_1T, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1
-    ).logits
+    logits = slm.model(input_ids=ids_1T, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].argmax(dim=-1, keepdim=True)
 
 

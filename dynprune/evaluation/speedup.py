@@ -63,9 +63,7 @@ def measured_speedup(
     Raises:
         ValueError: The two do not pair up, or a time is not a positive number.
     """
-    this_N, full_N = (
-        np.asarray(seconds, dtype=np.float64).ravel() for seconds in (this_seconds, full_seconds)
-    )
+    this_N, full_N = (np.asarray(seconds, dtype=np.float64).ravel() for seconds in (this_seconds, full_seconds))
     if this_N.size != full_N.size:
         raise ValueError(
             f"A measured speedup pairs the times of the same queries, but there are {this_N.size} times with "
@@ -74,8 +72,5 @@ def measured_speedup(
     for name, seconds_N in (("with pruning", this_N), ("without pruning", full_N)):
         wrong = np.flatnonzero(~(np.isfinite(seconds_N) & (seconds_N > 0)))
         if wrong.size:
-            raise ValueError(
-                f"A time is a positive number of seconds, but query {wrong[0]} {name} took "
-                f"{seconds_N[wrong[0]]}."
-            )
+            raise ValueError(f"A time is a positive number of seconds, but query {wrong[0]} {name} took {seconds_N[wrong[0]]}.")
     return median_interval(1 - this_N / full_N, confidence, seed)

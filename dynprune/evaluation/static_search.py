@@ -47,12 +47,8 @@ def greedy_static_sets(
             f"{slm.num_layers}; for example evaluation.static=[2,3,5]"
         )
     if not samples:
-        raise ValueError(
-            "the search for static sets needs samples of the train split; set evaluation.static_samples"
-        )
-    batches = [
-        _Batch.of(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)
-    ]
+        raise ValueError("the search for static sets needs samples of the train split; set evaluation.static_samples")
+    batches = [_Batch.of(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
     chosen: tuple[int, ...] = ()
     for _ in range(largest):
         losses = dict.fromkeys((layer for layer in range(slm.num_layers) if layer not in chosen), 0.0)
@@ -100,8 +96,7 @@ class _Batch:
         """What goes into each layer under the configuration in force."""
         inputs: list[Tensor] = []
         handles = [
-            layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-            for layer in slm.layers
+            layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])) for layer in slm.layers
         ]
         try:
             slm.model(**self._arguments)

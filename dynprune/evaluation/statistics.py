@@ -134,9 +134,7 @@ def median_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE, seed:
     return MedianInterval(float(np.median(sample)), low, high)
 
 
-def paired_difference(
-    a: npt.ArrayLike, b: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0
-) -> PairedDifference:
+def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0) -> PairedDifference:
     """Compares two rows' scores on the same queries.
 
     Args:
@@ -251,16 +249,12 @@ def _bootstrap(
 def _sample(values: npt.ArrayLike, confidence: float) -> npt.NDArray[np.float64]:
     sample = np.asarray(values, dtype=np.float64).ravel()
     if not 0 < confidence < 1:
-        raise ValueError(
-            f"The confidence of an interval lies between 0 and 1 (0.95 by default), not {confidence}."
-        )
+        raise ValueError(f"The confidence of an interval lies between 0 and 1 (0.95 by default), not {confidence}.")
     if not sample.size:
         raise ValueError("An interval needs the value of at least one query, but the sample is empty.")
     if not np.isfinite(sample).all():
         index = int(np.flatnonzero(~np.isfinite(sample))[0])
-        raise ValueError(
-            f"An interval needs finite values, but the value of query {index} is {sample[index]}."
-        )
+        raise ValueError(f"An interval needs finite values, but the value of query {index} is {sample[index]}.")
     return sample
 
 

@@ -73,8 +73,7 @@ class TableRow:
         """
         if missing := [name for name in SCORES if name not in self.scores]:
             raise ValueError(
-                f"Row {self.name!r} of the table lacks the scores {', '.join(missing)}; a row has all of "
-                f"{', '.join(SCORES)}."
+                f"Row {self.name!r} of the table lacks the scores {', '.join(missing)}; a row has all of {', '.join(SCORES)}."
             )
 
 
@@ -91,13 +90,7 @@ def score_scale(name: str) -> float:
 def count_label(rows: Sequence[TableRow]) -> str:
     """The number of queries behind the rows, as people read it: "n = 200"."""
     counts = sorted({row.n for row in rows})
-    return (
-        f"n = {counts[0]}"
-        if len(counts) == 1
-        else f"n = {counts[0]} to {counts[-1]}"
-        if counts
-        else "no rows"
-    )
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}" if counts else "no rows"
 
 
 def write_table(
@@ -248,12 +241,8 @@ def _main_table(rows: Sequence[TableRow]) -> str:
 
 
 def _score_table(rows: Sequence[TableRow]) -> str:
-    names = [
-        name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in _MAIN_SCORES
-    ]
-    lines = [
-        [row.name, str(row.n), *(_score(row, name) for name in names), str(row.truncated)] for row in rows
-    ]
+    names = [name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in _MAIN_SCORES]
+    lines = [[row.name, str(row.n), *(_score(row, name) for name in names), str(row.truncated)] for row in rows]
     return _grid(["Row", "n", *map(_header, names), "Truncated"], lines)
 
 

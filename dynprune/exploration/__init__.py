@@ -1,1 +1,1 @@
-
+"""Search strategies over configurations, and the rollout engine under them."""

@@ -75,8 +75,7 @@ class DepthFirstSearch:
         layers = [layer for layer in range(num_layers) if layer not in self.excluded_layers]
         if not layers:
             raise ValueError(
-                f"exploration.strategy.excluded_layers leaves none of the {num_layers} layers to prune; "
-                "exclude fewer"
+                f"exploration.strategy.excluded_layers leaves none of the {num_layers} layers to prune; exclude fewer"
             )
         return self._search(layers, rng)
 

@@ -7,18 +7,16 @@ plain greedy decoding.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.rollouts import Rollout
 from dynprune.data.tasks import Query
-from dynprune.exploration.strategy import Strategy
+from dynprune.exploration.strategy import Configuration, Proposals, Strategy
 from dynprune.slm.generation import Continuation, Request, generate_all
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
-
-Configuration = tuple[int, ...]
 
 
 @dataclass
@@ -27,7 +25,7 @@ class _Search:
 
     query: Query
     prompt: tuple[int, ...]
-    proposals: Generator[tuple[Configuration, ...], Sequence[float], None]
+    proposals: Proposals
     drafts: Counter[Continuation]
     pending: tuple[Configuration, ...] = ()
     rollouts: list[Rollout] = field(default_factory=list)
@@ -82,9 +80,7 @@ def _start(slm: SLM, query: Query, strategy: Strategy, seed: int) -> _Search:
     reference = slm.tokenizer(render_answer(query), add_special_tokens=False).input_ids
     return _Search(
         query=query,
-        prompt=tuple(
-            slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids
-        ),
+        prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
         proposals=proposals,
         drafts=Counter([Continuation(tuple(reference), truncated=False)]),
         pending=next(proposals, ()),
@@ -101,14 +97,11 @@ def _roll_out(
 ) -> None:
     """Generates what all searches have proposed, and lets them propose again."""
     owners = [(search, configuration) for search in active for configuration in search.pending]
-    requests = [
-        Request(search.prompt, configuration, search.drafts.most_common(1)[0][0])
-        for search, configuration in owners
-    ]
+    requests = [Request(search.prompt, configuration, search.drafts.most_common(1)[0][0]) for search, configuration in owners]
     rollout_of: dict[int, Rollout] = {}
     for position, continuation in generate_all(slm, pruner, requests, max_new_tokens, batch_size):
         search, configuration = owners[position]
-        output = slm.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
+        output = slm.decode(continuation.token_ids)
         rollout_of[position] = Rollout(
             id=search.query.id,
             pruned_layers=configuration,

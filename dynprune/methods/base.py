@@ -34,9 +34,7 @@ class RouterTraining(lightning.LightningModule):
 
     learns_from: ClassVar[Literal["rollouts", "pairs"]]
 
-    def __init__(
-        self, router: Router, policy: Policy, optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-    ) -> None:
+    def __init__(self, router: Router, policy: Policy, optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]) -> None:
         """Binds a router to its policy and optimiser.
 
         Args:

@@ -46,9 +46,7 @@ class DirectPreferenceOptimization(RouterTraining):
         if reference not in ("frozen", "none"):
             raise ValueError(f"method.reference={reference!r} is unknown; allowed: frozen, none")
         self._beta = beta
-        self._reference = (
-            copy.deepcopy(router).requires_grad_(False).eval() if reference == "frozen" else None
-        )
+        self._reference = copy.deepcopy(router).requires_grad_(False).eval() if reference == "frozen" else None
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of `dpo_loss` over the pairs of the batch."""

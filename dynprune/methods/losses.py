@@ -184,9 +184,7 @@ def _below_zero(log_p: Tensor) -> Tensor:
     return log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
 
 
-def _terms(
-    loss_B: Tensor, reward_w_B: Tensor, reward_l_B: Tensor, logp_w_B: Tensor, logp_l_B: Tensor
-) -> PreferenceTerms:
+def _terms(loss_B: Tensor, reward_w_B: Tensor, reward_l_B: Tensor, logp_w_B: Tensor, logp_l_B: Tensor) -> PreferenceTerms:
     return PreferenceTerms(
         loss_B=loss_B,
         chosen_reward_B=reward_w_B.detach(),

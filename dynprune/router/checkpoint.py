@@ -76,8 +76,7 @@ def load_router(folder: Path) -> tuple[Router, dict[str, Any]]:
         weights = load_file(folder / _WEIGHTS)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, "
-            f"as stage=router writes it"
+            f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, as stage=router writes it"
         ) from error
     encoder = TextEncoder(**description["encoder"])
     if encoder.size != description["embedding_size"]:

@@ -101,9 +101,7 @@ def log_esp(logits_BN: Tensor, k_max: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample_conditional_bernoulli(
-    logits_BN: Tensor, k_B: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
+def sample_conditional_bernoulli(logits_BN: Tensor, k_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draws from independent Bernoullis given that exactly k succeed: P(y) = exp(Σ logits(y)) / e_k.
 
     Exact, without rejection. Goes through the layers from the last to the first: with r still to take among
@@ -119,9 +117,7 @@ def sample_conditional_bernoulli(
     """
     n = logits_BN.shape[1]
     prefixes = _prefix_log_esps(logits_BN, n)
-    uniform_BN = torch.rand(
-        logits_BN.shape, dtype=logits_BN.dtype, device=logits_BN.device, generator=generator
-    )
+    uniform_BN = torch.rand(logits_BN.shape, dtype=logits_BN.dtype, device=logits_BN.device, generator=generator)
     mask_BN = torch.zeros_like(logits_BN, dtype=torch.bool)
     remaining_B = k_B.clone()
     for i in reversed(range(n)):

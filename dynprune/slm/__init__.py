@@ -1,1 +1,1 @@
-
+"""The small language model: loading, pruning, generation, task-tuning."""

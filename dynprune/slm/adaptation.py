@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import save_file
@@ -77,7 +78,8 @@ class AnswerData(lightning.LightningDataModule):
         rng = random.Random(f"{self._seed}-{epoch}")
         return [
             _tokenised(
-                _composed(query, self._queries, rng) if rng.random() < self._compose else query, self._tokenizer
+                _composed(query, self._queries, rng) if rng.random() < self._compose else query,
+                self._tokenizer,
             )
             for query in self._queries
         ]
@@ -122,7 +124,7 @@ def _composed(query: Query, others: Sequence[Query], rng: random.Random) -> Quer
 
 def _tokenised(query: Query, tokenizer: PreTrainedTokenizerBase) -> TokenisedAnswer:
     prompt = tokenizer(render_prompt(tokenizer, query), add_special_tokens=False).input_ids
-    answer = tokenizer(render_answer(query), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    answer = [*tokenizer(render_answer(query), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return TokenisedAnswer(prompt + answer, len(answer))
 
 
@@ -177,7 +179,7 @@ class Adaptation(lightning.LightningModule):
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )
-        self.slm: PeftModel = get_peft_model(slm.model, config)  # type: ignore[assignment]
+        self.slm: PeftModel = get_peft_model(slm.model, config)
         self.learning_rate = learning_rate
         self.warmup_share = warmup_share
         # Checkpoints hold the delta alone, see `on_save_checkpoint`.
@@ -196,7 +198,9 @@ class Adaptation(lightning.LightningModule):
                 use_cache=False,
             ).logits
         loss = functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, -keep + 1 :].flatten(), ignore_index=IGNORED
+            logits_BTV[:, :-1].flatten(0, 1).float(),
+            labels_BT[:, -keep + 1 :].flatten(),
+            ignore_index=IGNORED,
         )
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -206,13 +210,13 @@ class Adaptation(lightning.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, object]]]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW without weight decay, warm-up and cosine by step."""
         parameters = [p for p in self.slm.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: LambdaLR = get_cosine_schedule_with_warmup(optimizer, int(steps * self.warmup_share), steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def save_delta(model: PeftModel, folder: Path) -> None:
@@ -232,5 +236,3 @@ def save_delta(model: PeftModel, folder: Path) -> None:
     config["base_model_name_or_path"] = None
     with replacing(folder / "adapter_config.json") as path:
         path.write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-
-

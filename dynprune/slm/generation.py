@@ -71,15 +71,11 @@ def generate_all(
     order = sorted(range(len(requests)), key=length, reverse=True)
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        yield from zip(
-            chunk, generate(slm, pruner, [requests[p] for p in chunk], max_new_tokens), strict=True
-        )
+        yield from zip(chunk, generate(slm, pruner, [requests[p] for p in chunk], max_new_tokens), strict=True)
 
 
 @torch.inference_mode()
-def generate(
-    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int
-) -> list[Continuation]:
+def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int) -> list[Continuation]:
     """Continues prompts greedily as one batch, each row under its own configuration.
 
     Args:
@@ -156,9 +152,7 @@ class _Batch:
         self.position_B = self.position_B[rows]
 
 
-def _prefill(
-    slm: SLM, requests: Sequence[Request], drafts: Sequence[tuple[int, ...]]
-) -> tuple[_Batch, Tensor, Tensor]:
+def _prefill(slm: SLM, requests: Sequence[Request], drafts: Sequence[tuple[int, ...]]) -> tuple[_Batch, Tensor, Tensor]:
     """One pass over prompts and drafts.
 
     Returns:
@@ -168,9 +162,7 @@ def _prefill(
     width = max(len(sequence) for sequence in sequences)
     pad = slm.tokenizer.pad_token_id
     ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=slm.device)
-    attention_BT = torch.tensor(
-        [[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=slm.device
-    )
+    attention_BT = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=slm.device)
     cache = DynamicCache()
     keep = max(len(draft) for draft in drafts) + 1
     logits_BKV = slm.model(

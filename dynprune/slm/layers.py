@@ -24,9 +24,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     ]
     # The decoder's list is the outermost one: lists of experts and the like lie inside its members.
     outermost = [
-        (name, module)
-        for name, module in lists
-        if not any(name.startswith(f"{other}.") for other, _ in lists if other != name)
+        (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists if other != name)
     ]
     if len(outermost) != 1:
         raise ValueError(

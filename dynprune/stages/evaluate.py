@@ -75,13 +75,11 @@ def static_sets(run: Run) -> Artifact:
     config = {"model": run.model_identity, "largest": max(settings.static)}
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
 
-    def build(folder: Path) -> dict[str, object]:
+    def build(folder: Path) -> dict[str, Any]:
         samples = [run.tokens(query) for query in queries]
         samples.sort(key=lambda sample: len(sample[0]))
         with pruner_of(run, adapters_artifact) as pruner:
-            search = greedy_static_sets(
-                run.slm, pruner, samples, max(settings.static), run.config.hardware.batch_size
-            )
+            search = greedy_static_sets(run.slm, pruner, samples, max(settings.static), run.config.hardware.batch_size)
             found = list(track(search, "searching static sets", max(settings.static)))
         sets = {str(len(layers)): {"layers": list(layers), "nats_per_token": loss} for layers, loss in found}
         with replacing(folder / "sets.json") as path:
@@ -113,9 +111,7 @@ def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
     return lambda query: layers
 
 
-def _run_row(
-    run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, Continuation]
-) -> Artifact:
+def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, Continuation]) -> Artifact:
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -127,12 +123,10 @@ def _run_row(
         # Without pruning there is nothing that adapters could change.
         adapters_artifact, upstream = None, {}
 
-    def build(folder: Path) -> dict[str, object]:
+    def build(folder: Path) -> dict[str, Any]:
         configurations = [tuple(row.choose(query)) for query in queries]
         # The first row has no outputs to draft from but the reference answers, which it often repeats.
-        references = {
-            query.id: Continuation(tuple(run.tokens(query)[1]), truncated=False) for query in queries
-        }
+        references = {query.id: Continuation(tuple(run.tokens(query)[1]), truncated=False) for query in queries}
         by_id = {query.id: query for query in queries}
         with pruner_of(run, adapters_artifact) as pruner:
             results = run_queries(
@@ -154,17 +148,13 @@ def _run_row(
         write_samples(samples, folder / "samples.jsonl")
         return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples)}
 
-    return run.store.get_or_build(
-        "evaluate", VERSION, config, digest(queries), upstream, build, resumable=False
-    )
+    return run.store.get_or_build("evaluate", VERSION, config, digest(queries), upstream, build, resumable=False)
 
 
 def write_samples(samples: Sequence[Sample], target: Path) -> None:
     """Writes samples, one JSON object a line."""
     with replacing(target) as path:
-        path.write_text(
-            "".join(json.dumps(asdict(sample)) + "\n" for sample in samples), encoding="utf-8"
-        )
+        path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples), encoding="utf-8")
 
 
 def _read_samples(folder: Path) -> list[Sample]:
@@ -182,9 +172,7 @@ def _verdict(row: str, query: Query, sample: Sample) -> str:
     return f"{row} | {query.id}: {asked}\n  pruned {list(sample.pruned_layers)}\n  says {sample.output}\n  {scores}"
 
 
-def _time(
-    run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Sequence[Sample]
-) -> list[Timing]:
+def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Sequence[Sample]) -> list[Timing]:
     """Times all rows in turns; machine and hardware are part of the artifact's identity."""
     settings = run.config.evaluation.latency
     timed = queries[: settings.queries]
@@ -201,11 +189,9 @@ def _time(
     }
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
 
-    def build(folder: Path) -> dict[str, object]:
+    def build(folder: Path) -> dict[str, Any]:
         prompts = [run.tokens(query)[0] for query in timed]
-        tokens = [
-            max(1, min(settings.max_tokens, len(sample.token_ids) + 1)) for sample in originals[: len(timed)]
-        ]
+        tokens = [max(1, min(settings.max_tokens, len(sample.token_ids) + 1)) for sample in originals[: len(timed)]]
         with pruner_of(run, adapters_artifact) as pruner:
             results = time_rows(
                 run.slm,
@@ -222,8 +208,6 @@ def _time(
             path.write_text("".join(json.dumps(asdict(t)) + "\n" for t in timings), encoding="utf-8")
         return {"queries": len(timed), "rows": len(rows)}
 
-    artifact = run.store.get_or_build(
-        "latency", VERSION, config, digest(timed), upstream, build, resumable=False
-    )
+    artifact = run.store.get_or_build("latency", VERSION, config, digest(timed), upstream, build, resumable=False)
     lines = (artifact.folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()
     return [Timing(**json.loads(line)) for line in lines]

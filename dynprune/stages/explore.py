@@ -1,6 +1,7 @@
 """The stage ``explore``: tries configurations on queries and keeps every rollout."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 
@@ -36,7 +37,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
     }
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
 
-    def build(folder: Path) -> dict[str, object]:
+    def build(folder: Path) -> dict[str, Any]:
         writer = RolloutWriter(folder, num_layers=run.slm.num_layers, score=settings.score)
         done = writer.completed_ids
         left = [query for query in queries if query.id not in done]

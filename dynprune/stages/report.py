@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -10,7 +11,7 @@ from dynprune.evaluation.figures import accuracy_speedup, layer_error, layers_pr
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
-from dynprune.evaluation.statistics import Comparison, MedianInterval, compare, mean_interval, median_interval
+from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
 from dynprune.evaluation.table import TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
 from dynprune.stages.evaluate import Evaluation, Row, evaluate, write_samples
@@ -34,9 +35,7 @@ def report(run: Run) -> Path:
     for name, samples in evaluation.samples.items():
         write_samples(samples, folder / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, folder / "accuracy_speedup.png")
-    pruned = {
-        row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if row.name != "original"
-    }
+    pruned = {row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if row.name != "original"}
     if pruned:
         layers_pruned(pruned, folder / "layers_pruned.png")
     artifact = adapters(run)
@@ -56,9 +55,7 @@ def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
     return TableRow(
         name=row.name,
         n=len(samples),
-        scores={
-            name: mean_interval([sample.scores[name] for sample in samples]) for name in samples[0].scores
-        },
+        scores={name: mean_interval([sample.scores[name] for sample in samples]) for name in samples[0].scores},
         mean_pruned_layers=mean_pruned,
         nominal_speedup=nominal_speedup(mean_pruned, cost, run.slm.num_layers),
         truncated=sum(sample.truncated for sample in samples),
@@ -66,7 +63,7 @@ def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
     )
 
 
-def _times(name: str, timings: list[Timing]) -> dict[str, MedianInterval | int]:
+def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
     full = {timing.id: timing for timing in timings if timing.row == "original"}
     mine = [timing for timing in timings if timing.row == name]
     if not mine:
@@ -90,16 +87,10 @@ def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Compariso
         nearest = sorted(statics, key=lambda s: abs(s.mean_pruned_layers - router.mean_pruned_layers))[:1]
         pairs += [(router.name, static.name) for static in nearest]
     pairs += [(a.name, b.name) for i, a in enumerate(routers) for b in routers[:i]]
-    scores = {
-        name: [sample.scores[_COMPARED_BY] for sample in samples]
-        for name, samples in evaluation.samples.items()
-    }
+    scores = {name: [sample.scores[_COMPARED_BY] for sample in samples] for name, samples in evaluation.samples.items()}
     return compare(scores, pairs, _COMPARED_BY) if pairs else []
 
 
 def _frequency(run: Run, evaluation: Evaluation, name: str) -> list[float]:
     samples = evaluation.samples[name]
-    return [
-        sum(layer in sample.pruned_layers for sample in samples) / len(samples)
-        for layer in range(run.slm.num_layers)
-    ]
+    return [sum(layer in sample.pruned_layers for sample in samples) / len(samples) for layer in range(run.slm.num_layers)]

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,4 +27,120 @@ from dynprune.stages.pairs import pairs
 from dynprune.stages.run import Run, plain
 
 VERSION = 1
+_MONITORED = "validation/rewards/accuracies"
 log = logging.getLogger(__name__)
+
+
+def router(run: Run, method: DictConfig | None = None) -> Artifact:
+    """Trains a router.
+
+    Args:
+        run: The run.
+        method: The method's configuration; the run's by default.
+    """
+    method = run.config.method if method is None else method
+    learns_from = get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
+    source = pairs(run) if learns_from == "pairs" else explore(run)
+    held_out = pairs(run, "validation")
+    config = {
+        "router": plain(run.config.router),
+        "method": plain(method),
+        "num_layers": run.slm.num_layers,
+        "seed": run.config.seed,
+    }
+    upstream = {"source": source.fingerprint, "validation": held_out.fingerprint}
+
+    def build(folder: Path) -> dict[str, Any]:
+        lightning.seed_everything(run.config.seed, workers=True)
+        policy = _policy(run)
+        network = _router(run)
+        module: RouterTraining = instantiate(
+            method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
+        )
+        inputs = RouterInputs(
+            network,
+            {q.id: render_router_input(q) for split in ("train", "validation") for q in run.splits[split]},
+        )
+        training = (
+            PairStream(source.folder, policy.allows, run.config.seed)
+            if learns_from == "pairs"
+            else RolloutStream(source.folder, policy.allows, run.config.seed, method.min_score, method.min_share_of_deepest)
+        )
+        data = StreamData(
+            training,
+            PairStream(held_out.folder, policy.allows, None),
+            batch_size=method.batch_size,
+            collate=_collate(inputs),
+        )
+        checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="max", save_top_k=1)
+        trainer = run.trainer(f"router-{method.name}", folder, [checkpoint], max_epochs=method.epochs)
+        trainer.fit(module, data)
+        best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+        module.load_state_dict(best["state_dict"])
+        save_router(
+            network,
+            folder / "router",
+            {"policy": policy.config(), "slm": run.slm.name, "method": method.name},
+        )
+        return {
+            "best_epoch": int(best["epoch"]),
+            "preference_accuracy": float(checkpoint.best_model_score or 0),
+        }
+
+    return run.store.get_or_build(
+        "router",
+        VERSION,
+        config,
+        {},
+        upstream,
+        build,
+        resumable=False,
+        distributed="ddp" in str(run.config.hardware.trainer.strategy),
+    )
+
+
+def chooser(run: Run, artifact: Artifact) -> Callable[[Query], Sequence[int]]:
+    """What chooses the layers to prune for a query: the mode of the trained router's policy."""
+    network, extra = load_router(artifact.folder / "router")
+    network.to(run.slm.device)
+    policy = build_policy(extra["policy"])
+
+    @torch.inference_mode()
+    def choose(query: Query) -> list[int]:
+        features = network.encoder.tokenize([render_router_input(query)])
+        on_device = {name: tensor.to(run.slm.device) for name, tensor in features.items()}
+        mask_BL = policy.mode(network(network.encode(on_device)))
+        return [int(layer) for layer in mask_BL[0].nonzero()[:, 0]]
+
+    return choose
+
+
+def _router(run: Run) -> Router:
+    settings = run.config.router
+    return Router(
+        TextEncoder(**plain(settings.encoder)),
+        run.slm.num_layers,
+        settings.head_hidden_dim,
+        settings.log_std_min,
+        settings.log_std_max,
+    )
+
+
+def _policy(run: Run) -> Policy:
+    settings = run.config.router
+    return build_policy(
+        {
+            "name": settings.policy,
+            "num_layers": run.slm.num_layers,
+            "prunable_layers": plain(settings.prunable_layers),
+            "k_max": settings.k_max,
+        }
+    )
+
+
+def _collate(inputs: RouterInputs) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+        masks = {key: torch.stack([item[key] for item in items]) for key in items[0] if key.endswith("mask_BL")}
+        return {"inputs": inputs([item["id"] for item in items]), **masks}
+
+    return collate

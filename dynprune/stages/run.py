@@ -110,9 +110,7 @@ class Run:
             callbacks: Callbacks beside the progress bar.
             changes: Arguments of the trainer that are the stage's own.
         """
-        loggers: list[Logger] = [
-            instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None
-        ]
+        loggers: list[Logger] = [instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None]
         arguments = {**plain(self.config.hardware.trainer), **changes}
         return lightning.Trainer(
             default_root_dir=folder,

@@ -31,9 +31,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
 
-    def __init__(
-        self, num_layers: int, prunable_layers: Sequence[int] | None = None, k_max: int | None = None
-    ) -> None:
+    def __init__(self, num_layers: int, prunable_layers: Sequence[int] | None = None, k_max: int | None = None) -> None:
         """Fixes which configurations are possible.
 
         Args:
@@ -55,8 +53,7 @@ class Policy(ABC):
         if wrong or len(set(layers)) < len(layers):
             problem = f"names layer {wrong[0]}, which does not exist" if wrong else "names a layer twice"
             raise ValueError(
-                f"router.prunable_layers={list(layers)} {problem}; "
-                f"allowed: different layers in 0..{num_layers - 1}"
+                f"router.prunable_layers={list(layers)} {problem}; allowed: different layers in 0..{num_layers - 1}"
             )
         if k_max is not None and not 1 <= k_max <= len(layers):
             raise ValueError(
@@ -152,9 +149,7 @@ class Policy(ABC):
 
     def _heads(self, outputs: RouterOutputs) -> tuple[Tensor, Tensor, Tensor]:
         heads = (self.restrict(outputs.layer_logits_BL), outputs.mu_B, outputs.log_sigma_B)
-        logits_BN, mu_B, log_sigma_B = (
-            head if head.dtype == torch.float64 else head.float() for head in heads
-        )
+        logits_BN, mu_B, log_sigma_B = (head if head.dtype == torch.float64 else head.float() for head in heads)
         return logits_BN, mu_B, log_sigma_B
 
     def _expand(self, values_BN: Tensor) -> Tensor:

@@ -1,0 +1,193 @@
+"""Preference pairs: of two configurations tried on the same query, which is the better one.
+
+A beats B if its score is higher, or the scores are equal and it prunes more layers; otherwise there is no
+pair. On disk: one parquet file with the thesis's columns id, winner_pruned_layers, loser_pruned_layers,
+winner_score, loser_score, the pairs of a query one after another, and in the metadata the header of the
+rollouts.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynprune.atomic import replacing
+from dynprune.data.parquet import open_parquet, with_header
+from dynprune.data.rollouts import Rollout, by_query, read_header, read_rollouts
+
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("winner_pruned_layers", pa.list_(pa.int32()), nullable=False),
+        pa.field("loser_pruned_layers", pa.list_(pa.int32()), nullable=False),
+        pa.field("winner_score", pa.float64(), nullable=False),
+        pa.field("loser_score", pa.float64(), nullable=False),
+    ]
+)
+# Small enough that a shuffle buffer spans many row groups, and so many queries.
+_ROWS_PER_GROUP = 1024
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two configurations tried on one query, the better one first.
+
+    Attributes:
+        id: The query's id.
+        winner_pruned_layers: The better configuration, in ascending order.
+        loser_pruned_layers: The other one, in ascending order.
+        winner_score: Score of the better one.
+        loser_score: Score of the other one.
+    """
+
+    id: str
+    winner_pruned_layers: tuple[int, ...]
+    loser_pruned_layers: tuple[int, ...]
+    winner_score: float
+    loser_score: float
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What `write_pairs` read and wrote.
+
+    Attributes:
+        queries: Queries with rollouts.
+        queries_with_pairs: Queries among them that gave a pair.
+        rollouts: Rollouts read.
+        pairs: Pairs written.
+    """
+
+    queries: int
+    queries_with_pairs: int
+    rollouts: int
+    pairs: int
+
+
+def prefers(a: Rollout, b: Rollout) -> bool:
+    """Tell whether a beats b: a higher score, or an equal score and more layers pruned."""
+    return (a.score, len(a.pruned_layers)) > (b.score, len(b.pruned_layers))
+
+
+def all_pairs(rollouts: Sequence[Rollout]) -> Iterator[PreferencePair]:
+    """Pair each two rollouts of which one beats the other.
+
+    Args:
+        rollouts: All rollouts of one query.
+    """
+    for a, b in itertools.combinations(rollouts, 2):
+        if prefers(a, b):
+            yield _pair(a, b)
+        elif prefers(b, a):
+            yield _pair(b, a)
+
+
+def random_pairs(rollouts: Sequence[Rollout], count: int, rng: random.Random) -> list[PreferencePair]:
+    """Draw some of `all_pairs`, uniformly and each at most once.
+
+    Args:
+        rollouts: All rollouts of one query.
+        count: How many; all there are where they are fewer.
+        rng: Draws them.
+    """
+    pairs = list(all_pairs(rollouts))
+    return rng.sample(pairs, min(count, len(pairs)))
+
+
+def write_pairs(rollouts: Path, path: Path, strategy: Literal["all", "random"], count: int | None, seed: int) -> PairCounts:
+    """Turn the rollouts of each query into preference pairs, a query at a time.
+
+    Args:
+        rollouts: The folder of the rollouts.
+        path: The parquet file to write; it appears when it is complete.
+        strategy: ``all`` for every pair of a query, ``random`` for some.
+        count: Pairs of a query for ``random``, else ``None``.
+        seed: Seed of the draws; those of a query depend on it and on the query's id alone.
+
+    Raises:
+        ValueError: The strategy is unknown or does not go with the count, the rollouts cannot be read, or no
+            query gives a pair.
+    """
+    if strategy not in ("all", "random"):
+        raise ValueError(f"pairs.strategy={strategy!r} is unknown; allowed: all, random")
+    if strategy == "random" and (count is None or count < 1):
+        raise ValueError(f"pairs.count={count} does not go with pairs.strategy=random; allowed: at least 1")
+    if strategy == "all" and count is not None:
+        raise ValueError(f"pairs.count={count} does not go with pairs.strategy=all; allowed: null")
+
+    header = read_header(rollouts)
+    queries = queries_with_pairs = rollouts_read = pairs_written = 0
+    with replacing(path) as temporary, _PairSink(temporary, with_header(PAIR_SCHEMA, header)) as sink:
+        for group in by_query(read_rollouts(rollouts)):
+            if count is None:
+                pairs = list(all_pairs(group))
+            else:
+                pairs = random_pairs(group, count, random.Random(f"{seed}-{group[0].id}"))
+            sink.write(pairs)
+            queries += 1
+            queries_with_pairs += bool(pairs)
+            rollouts_read += len(group)
+            pairs_written += len(pairs)
+        if not pairs_written:
+            raise ValueError(
+                f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
+                "do not differ in score or size; explore more configurations"
+            )
+    return PairCounts(queries, queries_with_pairs, rollouts_read, pairs_written)
+
+
+def read_pairs(path: Path, batch_size: int = 1024) -> Iterator[PreferencePair]:
+    """Read the pairs of a file, some rows at a time.
+
+    Args:
+        path: A file that `write_pairs` wrote.
+        batch_size: Rows in memory.
+
+    Raises:
+        ValueError: It is missing, broken or not a file of pairs.
+    """
+    with open_parquet(path, PAIR_SCHEMA) as file:
+        for batch in file.iter_batches(batch_size=batch_size):
+            for row in batch.to_pylist():
+                yield PreferencePair(
+                    row["id"],
+                    tuple(row["winner_pruned_layers"]),
+                    tuple(row["loser_pruned_layers"]),
+                    row["winner_score"],
+                    row["loser_score"],
+                )
+
+
+class _PairSink:
+    """Writes pairs to a file, as row groups of equal size."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._writer = pq.ParquetWriter(path, schema, write_page_checksum=True)
+        self._waiting: list[PreferencePair] = []
+
+    def __enter__(self) -> "_PairSink":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._flush(self._waiting)
+        self._writer.close()
+
+    def write(self, pairs: Sequence[PreferencePair]) -> None:
+        self._waiting += pairs
+        while len(self._waiting) >= _ROWS_PER_GROUP:
+            self._flush(self._waiting[:_ROWS_PER_GROUP])
+            self._waiting = self._waiting[_ROWS_PER_GROUP:]
+
+    def _flush(self, pairs: Sequence[PreferencePair]) -> None:
+        if pairs:
+            self._writer.write_table(pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=self._schema))
+
+
+def _pair(winner: Rollout, loser: Rollout) -> PreferencePair:
+    return PreferencePair(winner.id, winner.pruned_layers, loser.pruned_layers, winner.score, loser.score)

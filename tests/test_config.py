@@ -1,0 +1,110 @@
+"""Every file in conf/ composes, and every `_target_` takes the keys that stand beside it."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from dynprune.paths import conf_dir
+
+CONF = conf_dir()
+# What a person must state, for files with `???`.
+STATED = {
+    "model/hf": ["model.name=somewhere", "model.dtype=float32"],
+    "data/jsonl": ["data.source.path=somewhere"],
+}
+# What the code adds when it instantiates a node.
+ADDED = {
+    "dynprune.slm.loading": {"device"},
+    "dynprune.methods": {"router", "policy", "optimizer"},
+    "lightning.pytorch.loggers": {"name"},
+    "torch.optim": {"params"},
+}
+FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+GROUPS = [str(path) for path in FILES if path.parent != Path(".") and not path.name.startswith("_")]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=[*overrides, "paths.run=somewhere"])
+
+
+def override_of(option: str) -> str:
+    group, name = option.rsplit("/", 1)
+    return f"{group}={name}"
+
+
+def nodes_with_targets(node):
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                yield from nodes_with_targets(node[key])
+    elif isinstance(node, ListConfig):
+        for item in node:
+            yield from nodes_with_targets(item)
+
+
+@pytest.mark.parametrize("option", [option for option in GROUPS if not option.startswith("hydra/")])
+def test_every_option_composes_and_its_targets_take_its_keys(option):
+    config = composed(override_of(option), *STATED.get(option, []))
+    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    targets = list(nodes_with_targets(config))
+    assert targets
+    for node in targets:
+        target = get_object(node._target_)
+        given = {str(key) for key in node if not str(key).startswith("_")}
+        added = next((names for prefix, names in ADDED.items() if node._target_.startswith(prefix)), set())
+        signature = inspect.signature(target)
+        accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        needed = {
+            name
+            for name, p in signature.parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
+        assert accepts_any or given <= set(signature.parameters), node._target_
+        assert needed <= given | added, node._target_
+
+
+@pytest.mark.parametrize("option", [o for o in GROUPS if o.startswith(("exploration/", "model/tiny", "logger/csv"))])
+def test_options_that_need_nothing_from_outside_instantiate(option):
+    config = composed(override_of(option))
+    group = option.split("/")[0]
+    if group == "exploration":
+        instantiate(config.exploration.strategy)
+    elif group == "model":
+        assert instantiate(config.model, device="cpu").num_layers == config.model.num_layers
+    else:
+        instantiate(config.logger.csv, name="x")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_key_has_a_comment_of_its_own_above_it(path):
+    lines = (CONF / path).with_suffix(".yaml").read_text().splitlines()
+    assert lines[0].startswith("#")
+    for number, line in enumerate(lines):
+        key = re.match(r"^( *)([a-z_0-9]+):( .+)?$", line)
+        if key is None or not key[3] or key[2].startswith("_"):
+            continue
+        if str(path) == "debug/fdr" or any(above.strip().startswith("- ") for above in lines[max(0, number - 1) : number]):
+            continue
+        above = lines[number - 1].strip()
+        previous = re.match(r"^ *[a-z_]+: .+$", lines[number - 1])
+        assert above.startswith("#") or previous, f"{path}.yaml:{number + 1}: {line}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "experiment"], ids=str)
+def test_every_preset_says_what_it_reproduces_and_with_which_command(path):
+    text = (CONF / path).with_suffix(".yaml").read_text()
+    assert text.startswith("# @package _global_\n# Reproduces ")
+    assert f"# Command: dynprune experiment={path.name}" in text
+
+
+def test_an_unknown_key_is_refused():
+    with pytest.raises(Exception, match=r"method\.bta"):
+        composed("method.bta=1")

@@ -1,0 +1,161 @@
+"""The whole pipeline on a tiny random model, as a user starts it: through the command line, in a folder of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynprune.adapters.checkpoint import load_adapters
+from dynprune.data.pairs import read_pairs
+from dynprune.data.rollouts import read_rollouts
+
+SCORES = ("json_match", "ast_match", "ratio_function_calls", "partial_match", "parse_rate")
+
+
+def dynprune(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "dynprune", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, dynprune(folder, "experiment=tiny", "name=first").stdout
+
+
+def manifests(folder: Path, stage: str) -> list[dict]:
+    return [json.loads(p.read_text()) for p in sorted((folder / "outputs/artifacts" / stage).glob("*/manifest.json"))]
+
+
+def test_one_command_makes_the_table_and_the_pictures(tiny):
+    folder, said = tiny
+    report = folder / "outputs/first/report"
+    table = json.loads((report / "table.json").read_text())
+    assert [row["name"] for row in table["rows"]] == ["original", "static-1", "static-2", "router-dpo"]
+    for row in table["rows"]:
+        assert row["n"] == 8
+        for score in SCORES:
+            assert row[score]["low"] <= row[score]["mean"] <= row[score]["high"]
+        assert row["measured_speedup"]["low"] <= row["measured_speedup"]["median"] <= row["measured_speedup"]["high"]
+    original, one, two, router = table["rows"]
+    assert (original["mean_pruned_layers"], original["nominal_speedup"]) == (0, 0)
+    assert (one["nominal_speedup"], two["nominal_speedup"]) == (0.25, 0.5)
+    assert router["nominal_speedup"] == pytest.approx((router["mean_pruned_layers"] - 1) / 4)
+    assert {"machine", "versions", "config"} <= set(table)
+    for name in ("accuracy_speedup.png", "layer_error.png", "layers_pruned.png"):
+        assert (report / name).read_bytes().startswith(b"\x89PNG")
+        assert name in said
+    assert (report / "table.md").exists()
+    assert (report / "table.csv").exists()
+    samples = [json.loads(line) for line in (report / "samples/router-dpo.jsonl").read_text().splitlines()]
+    assert sum(len(s["pruned_layers"]) for s in samples) / 8 == router["mean_pruned_layers"]
+
+
+def test_static_sets_are_nested_and_what_the_rows_pruned(tiny):
+    folder, _ = tiny
+    report = folder / "outputs/first/report"
+    sets = [
+        {tuple(json.loads(line)["pruned_layers"]) for line in (report / f"samples/static-{k}.jsonl").read_text().splitlines()}
+        for k in (1, 2)
+    ]
+    [one], [two] = sets
+    assert len(one) == 1
+    assert len(two) == 2
+    assert set(one) < set(two)
+
+
+def test_the_artifacts_are_in_the_thesis_columns_and_in_both_adapter_forms(tiny):
+    folder, _ = tiny
+    artifacts = folder / "outputs/artifacts"
+    [stack] = [load_adapters(p.parent) for p in artifacts.glob("adapters/*/adapters.safetensors")]
+    [thesis] = [load_adapters(p) for p in artifacts.glob("adapters/*/thesis")]
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), thesis.parameters(), strict=True))
+    rollouts = {p.parent.name: list(read_rollouts(p.parent)) for p in artifacts.glob("explore/*/manifest.json")}
+    assert sorted(len({r.id for r in rs}) for rs in rollouts.values()) == [2, 6]
+    for rs in rollouts.values():
+        tried = [(r.id, r.pruned_layers) for r in rs]
+        assert len(set(tried)) == len(tried)
+    pairs = [pair for p in artifacts.glob("pairs/*/pairs.parquet") for pair in read_pairs(p)]
+    assert all((p.winner_score, len(p.winner_pruned_layers)) > (p.loser_score, len(p.loser_pruned_layers)) for p in pairs)
+
+
+def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(tiny):
+    folder, _ = tiny
+    said = dynprune(folder, "-m", "experiment=tiny", "method=dpo,orpo,fbc", "+method.min_score=-10").stdout
+    # The sweep changes the methods alone: what lies before them is that of the first run.
+    assert len(manifests(folder, "adapters")) == 1
+    assert len(manifests(folder, "explore")) == 2
+    assert len(manifests(folder, "static")) == 1
+    assert "reusing adapters" in said
+    assert "reusing explore" in said
+    methods = [m["config"]["method"]["name"] for m in manifests(folder, "router")]
+    assert sorted(methods) == ["dpo", "dpo", "fbc", "orpo"]
+    tables = sorted((folder / "outputs/multiruns").glob("*/*/report/table.json"))
+    names = {json.loads(t.read_text())["rows"][-1]["name"] for t in tables}
+    assert names == {"router-dpo", "router-orpo", "router-fbc"}
+
+
+def test_the_same_command_again_reuses_everything(tiny):
+    folder, _ = tiny
+    before = {path: path.stat().st_mtime_ns for path in (folder / "outputs/artifacts").rglob("*") if path.suffix != ".lock"}
+    first = json.loads((folder / "outputs/first/report/table.json").read_text())
+    dynprune(folder, "experiment=tiny", "name=second")
+    second = json.loads((folder / "outputs/second/report/table.json").read_text())
+    assert second["rows"] == first["rows"]
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_one_fixed_configuration_can_be_scored_alone_aloud_and_without_adapters(tiny):
+    folder, _ = tiny
+    said = dynprune(
+        folder,
+        "experiment=tiny",
+        "stage=evaluate",
+        "evaluation.pruned_layers=[3,1]",
+        "evaluation.verbose=true",
+        "adapter=identity",
+        "name=fixed",
+    ).stdout
+    assert said.count("pruned [1, 3]") == 8
+    rows = json.loads((folder / "outputs/fixed/report/table.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["original", "fixed-2"]
+    assert not (folder / "outputs/fixed/report/layer_error.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["stage=everything"], "stage=everything is unknown; allowed: all"),
+        (["adapter.correct_by=ast_match"], "answers none of the 12 queries right (ast_match 0%)"),
+        (["evaluation.static=[9]"], "evaluation.static asks for a set of 9 layers"),
+        (["router.k_max=9"], "router.k_max=9"),
+        (["evaluation.pruned_layers=[4]"], "has layers 0 to 3, but [4]"),
+        (["exploration.max_queries=0"], "exploration.max_queries=0 leaves no query"),
+        (["model.architecture=nonsense"], "model.architecture='nonsense'"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence_and_no_traceback(tiny, arguments, sentence):
+    folder, _ = tiny
+    result = dynprune(folder, "experiment=tiny", "name=mistake", *arguments, check=False)
+    said = result.stdout + result.stderr
+    assert result.returncode == 1
+    assert sentence in " ".join(said.split())
+    assert "Traceback" not in said
+
+
+def test_help_says_the_groups_and_commands_without_loading_torch(tmp_path):
+    result = dynprune(tmp_path, "--help")
+    for word in ("method: dpo, fbc, orpo", "dynprune experiment=quickstart", "outputs/NAME/report"):
+        assert word in result.stdout
