@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,27 @@ def _run(config: DictConfig, multirun: bool) -> None:
         )
     from dynprune.stages.run import Run
 
+    _quieten_lightning()
     _show(config)
     run = Run(config)
     stages[config.stage](run)
-    log.info("done: %s", run.folder)
+
+
+def _quieten_lightning() -> None:
+    """Leaves out what Lightning says at each start and what is meant to be so."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        # A frozen encoder or SLM is in evaluation mode on purpose.
+        r"Found \d+ module\(s\) in eval mode",
+        # The streams count right on every rank and worker.
+        r"Your `IterableDataset` has `__len__` defined",
+        # The streams are cheaper than a worker process.
+        r"The '\w+' does not have many workers",
+        # Lightning's own use of torch.
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _show(config: DictConfig) -> None:

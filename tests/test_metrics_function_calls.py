@@ -39,7 +39,7 @@ def test_the_answer_that_the_slm_is_trained_on_is_perfect(answers):
     assert partial_match(output, query(*answers)) == 10.0
 
 
-@pytest.mark.parametrize("output", ["", MALFORMED, "null", '[{"name": "f"}]', said(F1) + " "[:0] + "!"])
+@pytest.mark.parametrize("output", ["", MALFORMED, "null", '[{"name": "f"}]', said(F1) + "!"])
 def test_a_malformed_output_is_worth_nothing(output):
     assert [score(output, query(F1)) for score in ALL] == [0.0] * len(ALL)
     assert partial_match(output, query(F1)) == -5.0

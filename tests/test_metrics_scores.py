@@ -62,7 +62,8 @@ CALLS = st.lists(
     max_size=4,
 )
 # Texts of all kinds, JSON of all kinds, and lists of calls that are nearly right.
-OUTPUTS = st.text() | JSON.map(json.dumps) | CALLS.map(json.dumps) | st.text(alphabet='[]{}",:1eE-. nul`json\\')
+FRAGMENTS = st.text(alphabet='[]{}",:1eE-. nul`json\\')
+OUTPUTS = st.text() | FRAGMENTS | JSON.map(json.dumps) | CALLS.map(json.dumps)
 
 
 def bounds(name):

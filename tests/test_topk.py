@@ -149,7 +149,7 @@ def test_relaxed_top_k_takes_the_count_even_between_integers() -> None:
 
 def test_relaxed_top_k_becomes_hard_as_the_temperature_falls() -> None:
     keys, k = random_logits(8, 10, dtype=torch.float32), torch.arange(8) % 5
-    soft = relaxed_top_k(keys, k.float(), 1e-3, k_max=4)
+    soft = relaxed_top_k(keys, k.float(), 1e-4, k_max=4)
     torch.testing.assert_close(soft, top_k_mask(keys, k).float(), atol=1e-4, rtol=0)
 
 

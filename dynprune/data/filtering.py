@@ -26,6 +26,6 @@ def keep_successful(rollouts: Sequence[Rollout], min_score: float, min_share_of_
         raise ValueError(f"method.min_share_of_deepest={min_share_of_deepest} is no share; allowed: 0 to 1")
     successes = [rollout for rollout in rollouts if rollout.score >= min_score]
     deepest = max((len(rollout.pruned_layers) for rollout in successes), default=0)
-    # 0.55 * 20 is 11.000000000000002, and eleven of twenty layers are a share of 0.55 all the same.
+    # 0.28 * 25 is 7.000000000000001, and seven of 25 layers are a share of 0.28 all the same.
     fewest = min_share_of_deepest * deepest - 1e-9
     return [rollout for rollout in successes if len(rollout.pruned_layers) >= fewest]

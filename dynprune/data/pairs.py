@@ -9,7 +9,7 @@ rollouts.
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -186,7 +186,7 @@ class _PairSink:
 
     def _flush(self, pairs: Sequence[PreferencePair]) -> None:
         if pairs:
-            self._writer.write_table(pa.Table.from_pylist([asdict(pair) for pair in pairs], schema=self._schema))
+            self._writer.write_table(pa.Table.from_pylist([vars(pair) for pair in pairs], schema=self._schema))
 
 
 def _pair(winner: Rollout, loser: Rollout) -> PreferencePair:

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -105,7 +105,7 @@ class RolloutWriter:
         path = self._folder / _SHARDS.replace("*", f"{self._next:06d}")
         if path.exists():
             raise ValueError(f"another process writes into {self._folder} at the same time; stop one of them")
-        table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=with_header(_SCHEMA, self._header))
+        table = pa.Table.from_pylist([vars(rollout) for rollout in rollouts], schema=with_header(_SCHEMA, self._header))
         with replacing(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
         self._next += 1

@@ -53,7 +53,7 @@ def parse_calls(output: str) -> Parsed:
         output: What the SLM said, special tokens left out.
     """
     text = output.strip()
-    if text.startswith(_FENCE) and text.endswith(_FENCE_END) and len(text) >= len(_FENCE) + len(_FENCE_END):
+    if text.startswith(_FENCE) and text.endswith(_FENCE_END):
         text = text[len(_FENCE) : -len(_FENCE_END)].strip()
     try:
         value = json.loads(

@@ -129,9 +129,10 @@ def _load(name_or_path: str, revision: str | None) -> tuple[PreTrainedModel, Pre
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
     except OSError as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"router.encoder.name_or_path={name_or_path!r} (revision {revision}) is neither a folder nor in "
-            f"the local cache, and the Hub did not give it ({str(error).partition(chr(10))[0]}); allowed: a folder, "
+            f"the local cache, and the Hub did not give it ({reason}); allowed: a folder, "
             f"'wheel:PACKAGE/FOLDER', or a Hub id with network or a filled cache; "
             f"type: hf download {name_or_path}"
         ) from error

@@ -15,9 +15,8 @@ def log1mexp(x: Tensor) -> Tensor:
         x: Logarithms of probabilities below 1, of any shape.
     """
     is_near_zero = x > -_LOG_2
-    # Each branch sees only values that it can differentiate: `where` multiplies the other branch's gradient
-    # by zero, and zero times infinity is NaN.
-    near = torch.log(-torch.expm1(torch.where(is_near_zero, x, -_LOG_2)))
+    near = torch.log(-torch.expm1(x))
+    # Near zero this branch would be log 0: `where` drops its value, but zero times its infinite slope is NaN.
     far = torch.log1p(-torch.exp(torch.where(is_near_zero, -_LOG_2, x)))
     return torch.where(is_near_zero, near, far)
 

@@ -23,13 +23,15 @@ def log_pmf(mu_B: Tensor, log_sigma_B: Tensor, num_layers: int, k_max: int) -> T
         k_max: The largest number of pruned layers, 1..L.
 
     Returns:
-        log_p_BK, whose exponentials sum to 1 in each row.
+        log_p_BK in the dtype of `mu_B`; its exponentials sum to 1 in each row.
     """
-    edges_E = torch.arange(1, k_max + 1, dtype=mu_B.dtype, device=mu_B.device) / num_layers
-    z_BE = (edges_E - mu_B[:, None]) * torch.exp(-log_sigma_B)[:, None]
+    # torch derives log_ndtr through a difference of z²/2: in float32, 1000 sigma out, the gradient is 4% wrong.
+    edges_E = torch.arange(1, k_max + 1, dtype=torch.float64, device=mu_B.device) / num_layers
+    z_BE = (edges_E - mu_B.double()[:, None]) * torch.exp(-log_sigma_B.double())[:, None]
     first_B1 = torch.special.log_ndtr(z_BE[:, :1])
     last_B1 = torch.special.log_ndtr(-z_BE[:, -1:])
-    return torch.cat([first_B1, _log_mass_between(z_BE[:, :-1], z_BE[:, 1:]), last_B1], dim=1)
+    inner_BE = _log_mass_between(z_BE[:, :-1], z_BE[:, 1:])
+    return torch.cat([first_B1, inner_BE, last_B1], dim=1).to(mu_B.dtype)
 
 
 def sample_k(

@@ -22,11 +22,12 @@ from dynprune.metrics.scores import get_score
 from dynprune.slm.generation import Continuation, Request, generate_all
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, digest, plain
+from dynprune.stages.run import Run, digest, once_a_run, plain
 
 VERSION = 1
 
 
+@once_a_run
 def adapters(run: Run) -> Artifact | None:
     """Makes the adapters and measures their error; ``None`` where the configuration wants none."""
     if not run.config.adapter.enabled:

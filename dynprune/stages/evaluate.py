@@ -20,7 +20,7 @@ from dynprune.slm.generation import Continuation
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.router import chooser, router
-from dynprune.stages.run import Run, digest, plain
+from dynprune.stages.run import Run, digest, once_a_run, plain
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
 
 
+@once_a_run
 def static_sets(run: Run) -> Artifact:
     """Searches the static sets up to the largest size that the table asks for."""
     settings = run.config.evaluation

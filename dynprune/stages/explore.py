@@ -11,11 +11,12 @@ from dynprune.exploration.engine import explore as explore_queries
 from dynprune.metrics.scores import get_score
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, digest, plain
+from dynprune.stages.run import Run, digest, once_a_run, plain
 
 VERSION = 1
 
 
+@once_a_run
 def explore(run: Run, split: str = "train") -> Artifact:
     """Makes the rollouts of one split: parquet shards, each with all rollouts of some queries.
 

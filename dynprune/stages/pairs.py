@@ -7,12 +7,13 @@ from typing import Any
 from dynprune.artifacts import Artifact
 from dynprune.data.pairs import write_pairs
 from dynprune.stages.explore import explore
-from dynprune.stages.run import Run, plain
+from dynprune.stages.run import Run, once_a_run, plain
 
 VERSION = 1
 PAIRS = "pairs.parquet"
 
 
+@once_a_run
 def pairs(run: Run, split: str = "train") -> Artifact:
     """Makes the preference pairs of one split.
 

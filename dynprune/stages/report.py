@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def report(run: Run) -> Path:
         layer_error(errors["mse"], errors["relative_error"], folder / "layer_error.png")
     Console().print(render_table(rows))
     for path in sorted(folder.iterdir()):
-        log.info("wrote %s", path)
+        log.info("wrote %s", os.path.relpath(path))
     return folder
 
 

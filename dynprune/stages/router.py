@@ -1,7 +1,7 @@
 """The stage ``router``: trains a router by one method and keeps the checkpoint that ranks held-out pairs best."""
 
-import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
 from dynprune.data.datamodule import StreamData
+from dynprune.data.filtering import keep_successful
 from dynprune.data.prompts import render_router_input
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
@@ -23,12 +24,11 @@ from dynprune.router.inputs import RouterInputs
 from dynprune.router.policies import Policy, build_policy
 from dynprune.router.router import Router
 from dynprune.stages.explore import explore
-from dynprune.stages.pairs import pairs
+from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.run import Run, plain
 
 VERSION = 1
 _MONITORED = "validation/rewards/accuracies"
-log = logging.getLogger(__name__)
 
 
 def router(run: Run, method: DictConfig | None = None) -> Artifact:
@@ -61,14 +61,14 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
             network,
             {q.id: render_router_input(q) for split in ("train", "validation") for q in run.splits[split]},
         )
-        training = (
-            PairStream(source.folder, policy.allows, run.config.seed)
-            if learns_from == "pairs"
-            else RolloutStream(source.folder, policy.allows, run.config.seed, method.min_score, method.min_share_of_deepest)
-        )
+        if learns_from == "pairs":
+            training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, run.config.seed)
+        else:
+            keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
+            training = RolloutStream(source.folder, policy.allows, keep, run.config.seed)
         data = StreamData(
             training,
-            PairStream(held_out.folder, policy.allows, None),
+            PairStream(held_out.folder / PAIRS, policy.allows, None),
             batch_size=method.batch_size,
             collate=_collate(inputs),
         )
@@ -140,7 +140,11 @@ def _policy(run: Run) -> Policy:
 
 def _collate(inputs: RouterInputs) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        masks = {key: torch.stack([item[key] for item in items]) for key in items[0] if key.endswith("mask_BL")}
+        masks = {
+            key.replace("mask_L", "mask_BL"): torch.stack([item[key] for item in items])
+            for key in items[0]
+            if key.endswith("mask_L")
+        }
         return {"inputs": inputs([item["id"] for item in items]), **masks}
 
     return collate

@@ -4,11 +4,11 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 from hydra.utils import instantiate
@@ -23,6 +23,7 @@ from dynprune.data.tasks import Query
 from dynprune.slm.loading import SLM, delta_folder
 
 log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 
 class Run:
@@ -32,6 +33,7 @@ class Run:
         config: The composed configuration.
         folder: The run's own folder.
         store: The artifacts.
+        made: What stages have made already, see `once_a_run`.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -43,6 +45,7 @@ class Run:
         self.config = config
         self.folder = Path(config.paths.run)
         self.store = Store(Path(config.paths.artifacts))
+        self.made: dict[tuple[str, ...], Any] = {}
 
     @cached_property
     def slm(self) -> SLM:
@@ -122,6 +125,20 @@ class Run:
             log_every_n_steps=1,
             **arguments,
         )
+
+
+def once_a_run(stage: Callable[..., Made]) -> Callable[..., Made]:
+    """Remembers what a stage made, for the stages of the same run that ask again."""
+
+    @wraps(stage)
+    def remembered(run: Run, *arguments: str) -> Made:
+        key = (stage.__name__, *arguments)
+        if key not in run.made:
+            run.made[key] = stage(run, *arguments)
+        made: Made = run.made[key]
+        return made
+
+    return remembered
 
 
 def plain(config: Any) -> Any:

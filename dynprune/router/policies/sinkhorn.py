@@ -76,7 +76,7 @@ class SinkhornPolicy(Policy):
         log_p_BNR = soft_permutation(logits_BN.sigmoid(), self.epsilon, self.iterations)
         rank_R = torch.arange(logits_BN.shape[1], device=logits_BN.device)
         is_top_B1R = (rank_R < k_B[:, None])[:, None, :]
-        # Not −inf: where no rank is left, a log-sum of −inf only would have NaN as its gradient.
+        # Not −inf: where no rank is left, a log-sum of nothing but −inf has NaN as its gradient.
         nothing = torch.finfo(logits_BN.dtype).min
         log_in_BN = log_p_BNR.masked_fill(~is_top_B1R, nothing).logsumexp(dim=2)
         # Rows sum to 1, so 1 − p is the mass on the other ranks: a sum, where a difference would cancel.

@@ -1,0 +1,247 @@
+"""The streams that routers learn from: preference pairs and rollouts, read from parquet as they are needed.
+
+An epoch's order is that of the parquet files' pieces (row groups, shards), drawn anew, and then that of a
+shuffle buffer; both follow from the seed and the epoch. The items are dealt out in turn: to the ranks of a
+distributed run, and a rank's to the workers of its DataLoader. Every rank gets equally many, since ranks that
+run out of batches at different times wait for each other without end: where the ranks do not divide the items,
+the last ranks also get the first items of the order, one each. With one rank nothing is repeated, and nothing
+is ever left out.
+
+Legend: B = configurations read together, L = the SLM's decoder layers.
+"""
+
+import itertools
+import math
+import random
+from abc import abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dynprune.data.pairs import PAIR_SCHEMA
+from dynprune.data.parquet import header_of, open_parquet
+from dynprune.data.rollouts import Rollout, by_query, read_header, read_shard, shards
+
+Item = dict[str, Any]
+Allows = Callable[[Tensor], Tensor]
+
+# A query's pairs stand side by side, up to some hundreds: a smaller buffer would mix too few queries.
+SHUFFLE_BUFFER = 16_384
+_WIDEN = "raise router.k_max or allow more of router.prunable_layers"
+
+
+class _Stream(IterableDataset[Item]):
+    """Items in pieces of known sizes, shuffled and dealt out."""
+
+    def __init__(self, sizes: Sequence[int], shuffle_buffer: int, seed: int | None) -> None:
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer={shuffle_buffer} holds no item; allowed: at least 1")
+        self._sizes = list(sizes)
+        self._shuffle_buffer = shuffle_buffer
+        self._seed = seed
+        self._epoch = 0
+        self._replica = (0, 1)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the items; workers that outlive an epoch keep the order that they started with.
+
+        Args:
+            epoch: Number of the epoch.
+        """
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Count the items of an epoch on this rank."""
+        _, ranks = self._rank_of_ranks()
+        return math.ceil(sum(self._sizes) / ranks)
+
+    def __iter__(self) -> Iterator[Item]:
+        """Iterate over this rank's and this worker's items of the epoch."""
+        rank, ranks = self._rank_of_ranks()
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        order = list(range(len(self._sizes)))
+        if self._seed is not None:
+            random.Random(f"{self._seed}-{self._epoch}").shuffle(order)
+
+        total = sum(self._sizes)
+        mine = range(rank + ranks * worker, math.ceil(total / ranks) * ranks, ranks * workers)
+        repeated = range(0)
+        if mine and mine[-1] >= total:
+            first_again = mine[-1] % total
+            mine, repeated = mine[:-1], range(first_again, first_again + 1)
+        items = itertools.chain(self._read(self._pieces(order, mine)), self._read(self._pieces(order, repeated)))
+        if self._seed is None:
+            return items
+        rng = random.Random(f"{self._seed}-{self._epoch}-{rank}-{worker}")
+        return _shuffled(items, self._shuffle_buffer, rng)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Take the rank along: a worker process that is not forked belongs to no process group."""
+        return self.__dict__ | {"_replica": self._rank_of_ranks()}
+
+    def _rank_of_ranks(self) -> tuple[int, int]:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return self._replica
+
+    def _pieces(self, order: Sequence[int], positions: range) -> Iterator[tuple[int, range]]:
+        """Find the items at some positions of the order: pieces, and the items' numbers in them."""
+        start = 0
+        for piece in order:
+            stop = start + self._sizes[piece]
+            inside = positions[bisect_left(positions, start) : bisect_left(positions, stop)]
+            if inside:
+                yield piece, range(inside.start - start, inside.stop - start, inside.step)
+            start = stop
+
+    @abstractmethod
+    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
+        """Read some items of some pieces."""
+
+
+class PairStream(_Stream):
+    """Preference pairs, for DPO, ORPO and their kin, and to validate every method.
+
+    An item is ``{"id", "winner_mask_L", "loser_mask_L", "winner_score", "loser_score"}``; the masks are
+    boolean tensors, True where a layer is pruned.
+
+    Attributes:
+        num_layers: L.
+    """
+
+    def __init__(self, path: Path, allows: Allows, seed: int | None, shuffle_buffer: int = SHUFFLE_BUFFER) -> None:
+        """Read the pairs once, to count those that the policy can tell apart.
+
+        Args:
+            path: A file that `write_pairs` wrote.
+            allows: Says of mask_BL which configurations are possible (`Policy.allows`); a pair of which one
+                is not is left out.
+            seed: Seed of the order, drawn anew each epoch; ``None`` keeps the file's order.
+            shuffle_buffer: Pairs in each worker's memory, from which the next one is drawn.
+
+        Raises:
+            ValueError: The file is missing, broken or not a file of pairs, no pair is possible, or the buffer
+                holds no item.
+        """
+        self._path = path
+        self._allows = allows
+        with open_parquet(path, PAIR_SCHEMA) as file:
+            self.num_layers = header_of(file).num_layers
+            sizes = [len(self._possible(file, group)) for group in range(file.num_row_groups)]
+        if not any(sizes):
+            raise ValueError(f"no pair in {path} has two configurations that the policy allows; {_WIDEN}")
+        super().__init__(sizes, shuffle_buffer, seed)
+
+    def _possible(self, file: pq.ParquetFile, group: int) -> list[dict[str, Any]]:
+        rows = file.read_row_group(group).to_pylist()
+        winner_mask_BL = _masks_BL([row["winner_pruned_layers"] for row in rows], self.num_layers)
+        loser_mask_BL = _masks_BL([row["loser_pruned_layers"] for row in rows], self.num_layers)
+        allowed_B = self._allows(winner_mask_BL) & self._allows(loser_mask_BL)
+        return list(itertools.compress(rows, allowed_B.tolist()))
+
+    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
+        with open_parquet(self._path, PAIR_SCHEMA) as file:
+            for group, numbers in pieces:
+                for row in self._possible(file, group)[numbers.start : numbers.stop : numbers.step]:
+                    yield {
+                        "id": row["id"],
+                        "winner_mask_L": _mask_L(row["winner_pruned_layers"], self.num_layers),
+                        "loser_mask_L": _mask_L(row["loser_pruned_layers"], self.num_layers),
+                        "winner_score": row["winner_score"],
+                        "loser_score": row["loser_score"],
+                    }
+
+
+class RolloutStream(_Stream):
+    """The rollouts that a filter keeps, for filtered behavioural cloning.
+
+    An item is ``{"id", "mask_L", "score"}``; the mask is a boolean tensor, True where a layer is pruned. A
+    shard is read as a whole: it is no larger than what was appended at once.
+
+    Attributes:
+        num_layers: L.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        allows: Allows,
+        keep: Callable[[Sequence[Rollout]], Iterable[Rollout]],
+        seed: int | None,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
+    ) -> None:
+        """Read the rollouts once, to count what is kept.
+
+        Args:
+            folder: A folder that `RolloutWriter` wrote.
+            allows: Says of mask_BL which configurations are possible (`Policy.allows`); the others are left
+                out before the filter sees a query's rollouts.
+            keep: The filter: chooses among the rollouts of one query, the same ones every time;
+                `keep_successful` with its thresholds bound, for example.
+            seed: Seed of the order, drawn anew each epoch; ``None`` keeps the order of the shards.
+            shuffle_buffer: Rollouts in each worker's memory, from which the next one is drawn.
+
+        Raises:
+            ValueError: The folder holds no rollouts, a shard is broken, nothing is kept, or the buffer holds
+                no item.
+        """
+        self._shards = shards(folder)
+        self._allows = allows
+        self._keep = keep
+        self.num_layers = read_header(folder).num_layers
+        sizes = [len(self._kept(shard)) for shard in range(len(self._shards))]
+        if not any(sizes):
+            raise ValueError(
+                f"no rollout in {folder} passes the filter and is allowed by the policy; lower "
+                f"method.min_score, or explore more queries (exploration.max_queries), or {_WIDEN}"
+            )
+        super().__init__(sizes, shuffle_buffer, seed)
+
+    def _kept(self, shard: int) -> list[Rollout]:
+        rollouts = list(read_shard(self._shards[shard]))
+        allowed_B = self._allows(_masks_BL([rollout.pruned_layers for rollout in rollouts], self.num_layers))
+        possible = itertools.compress(rollouts, allowed_B.tolist())
+        return [rollout for of_query in by_query(possible) for rollout in self._keep(of_query)]
+
+    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
+        for shard, numbers in pieces:
+            for rollout in self._kept(shard)[numbers.start : numbers.stop : numbers.step]:
+                yield {
+                    "id": rollout.id,
+                    "mask_L": _mask_L(rollout.pruned_layers, self.num_layers),
+                    "score": rollout.score,
+                }
+
+
+def _masks_BL(configurations: Sequence[Sequence[int]], num_layers: int) -> Tensor:
+    mask_BL = torch.zeros(len(configurations), num_layers, dtype=torch.bool)
+    rows = [row for row, layers in enumerate(configurations) for _ in layers]
+    mask_BL[rows, list(itertools.chain.from_iterable(configurations))] = True
+    return mask_BL
+
+
+def _mask_L(pruned_layers: Sequence[int], num_layers: int) -> Tensor:
+    mask_L = torch.zeros(num_layers, dtype=torch.bool)
+    mask_L[list(pruned_layers)] = True
+    return mask_L
+
+
+def _shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:
+    """Yield the items in a random order, with no more than `buffer_size` of them in memory."""
+    buffer: list[Item] = []
+    for item in items:
+        if len(buffer) < buffer_size:
+            buffer.append(item)
+        else:
+            drawn = rng.randrange(buffer_size)
+            yield buffer[drawn]
+            buffer[drawn] = item
+    rng.shuffle(buffer)
+    yield from buffer

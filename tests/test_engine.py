@@ -1,0 +1,117 @@
+import copy
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from dynprune.adapters.stack import AdapterStack
+from dynprune.data.prompts import render_prompt
+from dynprune.data.tasks import Query
+from dynprune.exploration.engine import explore
+from dynprune.exploration.random_search import RandomSearch
+from dynprune.slm.pruning import LayerPruner
+
+
+def queries(n: int) -> list[Query]:
+    return [
+        Query(
+            id=f"q{i}",
+            category="simple",
+            messages=({"role": "user", "content": "x" * (3 * i + 1)},),
+            tools=(),
+            answers=({"name": f"f{i}", "arguments": {}},),
+            allowed=(),
+        )
+        for i in range(n)
+    ]
+
+
+def adapters() -> AdapterStack:
+    torch.manual_seed(1)
+    stack = AdapterStack(4, 32, 4).requires_grad_(False)
+    for parameter in stack.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return stack
+
+
+class Skip(torch.nn.Module):
+    def __init__(self, stack: AdapterStack, index: int) -> None:
+        super().__init__()
+        self.stack, self.index = stack, index
+
+    def forward(self, hidden, *args, **kwargs):
+        return self.stack.layer(self.index, hidden)
+
+
+def generated(slm, stack: AdapterStack, query: Query, pruned: Sequence[int], limit: int) -> str:
+    """What transformers itself generates with the layers swapped for their adapters, without a cache."""
+    model = copy.deepcopy(slm.model)
+    for index in pruned:
+        model.model.layers[index] = Skip(stack, index)
+    ids = slm.tokenizer(render_prompt(slm.tokenizer, query), return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=limit, do_sample=False, use_cache=False, pad_token_id=0)
+    return slm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def length_score(output: str, query: Query) -> float:
+    return float(sum(map(ord, output)) % 7)
+
+
+def run(slm, n: int, strategy, batch_size: int, seed: int = 0) -> dict[str, list]:
+    with LayerPruner(slm, adapters()) as pruner:
+        found = list(explore(slm, pruner, queries(n), strategy, length_score, 6, batch_size, seed))
+    assert all(len({rollout.id for rollout in rollouts}) == 1 for rollouts in found)
+    return {rollouts[0].id: rollouts for rollouts in found}
+
+
+def test_every_rollout_is_what_plain_generation_of_its_configuration_says_and_scores(make_slm):
+    slm = make_slm()
+    strategy = RandomSearch(configurations_per_size=2, stop_below=-1, first_excluded=0, last_excluded=0)
+    found = run(slm, 5, strategy, batch_size=7)
+    assert set(found) == {f"q{i}" for i in range(5)}
+    checked = 0
+    for query in queries(5):
+        for rollout in found[query.id]:
+            output = generated(slm, adapters(), query, rollout.pruned_layers, 6)
+            assert rollout.output == output
+            assert rollout.score == length_score(output, query)
+            checked += 1
+    assert checked >= 40
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_a_querys_search_depends_neither_on_the_batch_nor_on_the_other_queries(make_slm, batch_size):
+    slm = make_slm()
+    strategy = RandomSearch(configurations_per_size=2, stop_below=-1, first_excluded=1, last_excluded=0)
+    all_of_them = run(slm, 4, strategy, batch_size=16)
+    few = run(slm, 2, strategy, batch_size=batch_size)
+    assert few == {id_: all_of_them[id_] for id_ in few}
+
+
+def test_another_seed_searches_otherwise(make_slm):
+    slm = make_slm(num_layers=4)
+    strategy = RandomSearch(configurations_per_size=1, stop_below=-1, first_excluded=0, last_excluded=0)
+    tried = [{r.pruned_layers for rs in run(slm, 4, strategy, 8, seed).values() for r in rs} for seed in (0, 1)]
+    assert tried[0] != tried[1]
+
+
+class Recording:
+    """Proposes two batches and keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: dict[float, list[float]] = {}
+
+    def propose(self, num_layers: int, rng: random.Random):
+        key = rng.random()
+        first = yield ((0,), (1,), (2, 3))
+        second = yield ((0, 1),)
+        self.sent[key] = [*first, *second]
+
+
+def test_a_strategy_is_sent_the_scores_of_its_own_batch_in_order(make_slm):
+    strategy = Recording()
+    found = run(make_slm(), 3, strategy, batch_size=2)
+    assert sorted(strategy.sent.values()) == sorted([r.score for r in rollouts] for rollouts in found.values())
+    for rollouts in found.values():
+        assert [r.pruned_layers for r in rollouts] == [(0,), (1,), (2, 3), (0, 1)]

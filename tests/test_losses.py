@@ -1,0 +1,199 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+
+from dynprune.methods.losses import (
+    OrpoVariant,
+    PreferenceTerms,
+    RatioTarget,
+    dpo_loss,
+    fbc_loss,
+    orpo_loss,
+)
+from dynprune.router.encoder import TextEncoder
+from dynprune.router.policies import ConditionalBernoulliPolicy
+from dynprune.router.router import Router
+
+L = 10
+
+
+def log_probs(seed: int = 0, batch: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [-12 * torch.rand(batch, generator=generator) - 0.01 for _ in range(4)]
+
+
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.logaddexp(0, -x)
+
+
+@pytest.mark.parametrize(("ratio_target", "target"), [("middle", 0.25), ("edge", 0.2)])
+def test_fbc_ratio_term_aims_at_the_middle_or_at_the_edge_of_the_bucket(ratio_target: RatioTarget, target: float) -> None:
+    mask = torch.zeros(1, L, dtype=torch.bool)
+    mask[0, [1, 4]] = True
+    terms = fbc_loss(torch.tensor([0.6]), torch.zeros(1, L), mask, alpha=0.0, ratio_target=ratio_target)
+    assert terms.loss_B.item() == pytest.approx((0.6 - target) ** 2)
+
+
+def test_fbc_by_hand_with_bce_and_with_mse() -> None:
+    logits = torch.tensor([[math.log(3.0), -math.log(4.0)]])  # scores 3/4 and 1/5
+    mask = torch.tensor([[True, False]])
+    bce = fbc_loss(torch.tensor([0.5]), logits, mask, alpha=0.3, layer_loss="bce")
+    mse = fbc_loss(torch.tensor([0.5]), logits, mask, alpha=0.3, layer_loss="mse", ratio_target="edge")
+    assert bce.layer_loss_B.item() == pytest.approx(-(math.log(0.75) + math.log(0.8)) / 2)
+    assert bce.ratio_loss_B.item() == pytest.approx(0.25**2)
+    assert bce.loss_B.item() == pytest.approx(0.25**2 - 0.3 * (math.log(0.75) + math.log(0.8)) / 2)
+    assert mse.loss_B.item() == pytest.approx(0.3 * (0.25**2 + 0.2**2) / 2)
+
+
+def test_fbc_has_its_minimum_where_the_mode_prunes_the_rollouts_layers() -> None:
+    mask = torch.tensor([[False, True, True, False, False, True]])
+    logits = torch.zeros(1, 6, requires_grad=True)
+    mu = torch.full((1,), 0.1, requires_grad=True)
+    optimizer = torch.optim.SGD([mu, logits], lr=0.3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        fbc_loss(mu, logits, mask, alpha=1.0).loss_B.sum().backward()
+        optimizer.step()
+    assert mu.item() == pytest.approx(3.5 / 6, abs=1e-3)
+    assert torch.equal(logits > 0, mask)
+
+
+def test_dpo_with_the_reference_equal_to_the_policy_is_ln_2() -> None:
+    logp_w, logp_l, *_ = log_probs()
+    terms = dpo_loss(logp_w, logp_l, logp_w.clone(), logp_l.clone(), beta=0.1)
+    torch.testing.assert_close(terms.loss_B, torch.full_like(logp_w, math.log(2)))
+    assert terms.metrics()["rewards/margins"].item() == 0
+    assert terms.metrics()["rewards/accuracies"].item() == 0
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_dpo_is_trls_sigmoid_loss(beta: float) -> None:
+    chosen, rejected, ref_chosen, ref_rejected = (t.double().numpy() for t in log_probs())
+    logits = (chosen - rejected) - (ref_chosen - ref_rejected)
+    terms = dpo_loss(*log_probs(), beta=beta)
+    np.testing.assert_allclose(terms.loss_B, -log_sigmoid(beta * logits), rtol=1e-5, atol=1e-6)
+    metrics = terms.metrics()
+    chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    expected = {
+        "rewards/chosen": chosen_rewards.mean(),
+        "rewards/rejected": rejected_rewards.mean(),
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).mean(),
+        "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_dpo_without_a_reference_compares_the_policys_own_log_probabilities() -> None:
+    terms = dpo_loss(torch.tensor([-2.0]), torch.tensor([-5.0]), beta=0.5)
+    assert terms.loss_B.item() == pytest.approx(math.log(1 + math.exp(-1.5)))
+
+
+def trl_odds_term(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    log_odds = (chosen - rejected) - (np.log1p(-np.exp(chosen)) - np.log1p(-np.exp(rejected)))
+    return log_sigmoid(log_odds)
+
+
+def test_orpo_paper_is_trls_loss_on_mean_log_probabilities() -> None:
+    logp_w, logp_l, *_ = log_probs()
+    terms = orpo_loss(logp_w, logp_l, num_layers=L, variant="paper", weight=0.1)
+    chosen, rejected = logp_w.double().numpy() / L, logp_l.double().numpy() / L
+    expected = -chosen - 0.1 * trl_odds_term(chosen, rejected)
+    np.testing.assert_allclose(terms.loss_B, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(terms.chosen_reward_B, 0.1 * chosen, rtol=1e-5)
+    np.testing.assert_allclose(terms.rejected_reward_B, 0.1 * rejected, rtol=1e-5)
+
+
+def test_orpo_by_hand() -> None:
+    # Probabilities 1/2 and 1/5 have odds 1 and 1/4, so the odds ratio is 4 and σ(ln 4) = 4/5.
+    logp_w, logp_l = L * torch.tensor([math.log(0.5)]), L * torch.tensor([math.log(0.2)])
+    paper = orpo_loss(logp_w, logp_l, num_layers=L, weight=0.1)
+    code = orpo_loss(logp_w, logp_l, num_layers=L, variant="thesis_code", weight=0.1, sft_w_B=torch.tensor([3.0]))
+    assert paper.loss_B.item() == pytest.approx(math.log(2) + 0.1 * math.log(5 / 4), rel=1e-5)
+    assert code.loss_B.item() == pytest.approx(math.log(5 / 4) + 0.1 * 3.0, rel=1e-5)
+    assert code.chosen_reward_B.item() == pytest.approx(math.log(0.5), rel=1e-5)
+
+
+def test_orpo_thesis_readme_is_the_pairwise_term_and_the_winners_log_probability() -> None:
+    logp_w, logp_l, *_ = log_probs()
+    terms = orpo_loss(logp_w, logp_l, num_layers=L, variant="thesis_readme", beta=0.5)
+    chosen, rejected = logp_w.double().numpy(), logp_l.double().numpy()
+    expected = -np.log(expit(0.5 * (chosen - rejected))) - chosen
+    np.testing.assert_allclose(terms.loss_B, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "thesis_code", "thesis_readme"])
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, -3.0), (-3.0, 0.0), (0.0, 0.0), (-1e-30, -1e-7), (-2000.0, -1.0)])
+def test_orpo_and_its_gradients_are_finite_at_the_ends_of_the_range(
+    variant: OrpoVariant, chosen: float, rejected: float
+) -> None:
+    logp_w = torch.tensor([chosen], requires_grad=True)
+    logp_l = torch.tensor([rejected], requires_grad=True)
+    terms = orpo_loss(logp_w, logp_l, num_layers=L, variant=variant, sft_w_B=torch.zeros(1))
+    terms.loss_B.sum().backward()
+    assert terms.loss_B.isfinite().all()
+    assert logp_w.grad is not None
+    assert logp_w.grad.isfinite().all()
+    assert logp_l.grad is not None
+    assert logp_l.grad.isfinite().all()
+
+
+def test_without_length_normalisation_the_odds_term_would_be_reference_free_dpo() -> None:
+    logp_w, logp_l = torch.tensor([-15.0]), torch.tensor([-18.0])
+    pairwise = dpo_loss(logp_w, logp_l, beta=1.0).loss_B.item()
+    odds = {
+        n: orpo_loss(logp_w, logp_l, num_layers=n, variant="thesis_code", sft_w_B=torch.zeros(1)).loss_B.item() for n in (1, L)
+    }
+    assert odds[1] == pytest.approx(pairwise, rel=1e-4)
+    assert odds[L] > 5 * pairwise
+
+
+def test_losses_are_computed_in_float32_from_half_precision() -> None:
+    logp = torch.tensor([-3.0]).bfloat16()
+    assert dpo_loss(logp, logp, logp, logp, beta=0.1).loss_B.dtype == torch.float32
+    assert orpo_loss(logp, logp, num_layers=L).loss_B.dtype == torch.float32
+    heads = torch.tensor([0.5]).bfloat16(), torch.zeros(1, 4).bfloat16()
+    assert fbc_loss(*heads, torch.zeros(1, 4, dtype=torch.bool), alpha=1.0).loss_B.dtype == torch.float32
+
+
+def test_what_is_logged_carries_no_gradient() -> None:
+    logp_w, logp_l = (t.requires_grad_() for t in log_probs()[:2])
+    terms = orpo_loss(logp_w, logp_l, num_layers=L)
+    assert terms.loss_B.requires_grad
+    assert not any(value.requires_grad for value in terms.metrics().values())
+
+
+def preference_loss(name: str, router: Router, features: dict[str, torch.Tensor]) -> torch.Tensor:
+    policy = ConditionalBernoulliPolicy(6)
+    heads = router(router.encode(features))
+    winners = torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 1]], dtype=torch.bool)
+    losers = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    fbc = fbc_loss(heads.mu_B, heads.layer_logits_BL, winners, alpha=0.5, ratio_target="edge", layer_loss="mse")
+    if name == "fbc":
+        return fbc.loss_B
+    logp_w, logp_l = policy.log_prob(heads, winners), policy.log_prob(heads, losers)
+    if name == "dpo":
+        terms: PreferenceTerms = dpo_loss(logp_w, logp_l, logp_w.detach(), logp_l.detach(), beta=0.1)
+    else:
+        terms = orpo_loss(logp_w, logp_l, num_layers=6, variant=name, sft_w_B=fbc.loss_B)  # type: ignore[arg-type]
+    return terms.loss_B
+
+
+@pytest.mark.parametrize("name", ["fbc", "dpo", "paper", "thesis_code", "thesis_readme"])
+def test_one_step_of_each_loss_changes_every_parameter_of_the_router(name: str) -> None:
+    torch.manual_seed(0)
+    encoder = TextEncoder("tiny:", revision=None, max_length=64, trainable=True)
+    router = Router(encoder, num_layers=6, head_hidden_dim=16)
+    before = {key: value.clone() for key, value in router.named_parameters()}
+    features = encoder.tokenize(["weather in Paris", "add 2 and 3", "book a table for four tonight"])
+    preference_loss(name, router, features).mean().backward()
+    torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0.0).step()
+    still = {key for key, value in router.named_parameters() if torch.equal(value, before[key])}
+    # FBC is a regression of mu: the document's loss has no term in sigma.
+    assert still == ({"ratio_log_std.weight", "ratio_log_std.bias"} if name == "fbc" else set())
