@@ -64,10 +64,10 @@ def _run(config: DictConfig, multirun: bool) -> None:
     stages = _stages()
     if config.stage not in stages:
         raise ValueError(f"stage={config.stage} is unknown; allowed: {', '.join(stages)}")
-    if multirun and "ddp" in str(config.hardware.trainer.strategy):
+    if multirun and config.hardware.trainer.devices != 1:
         raise ValueError(
-            "hardware.trainer.strategy=ddp cannot run in a multirun: the processes that Lightning starts would each start the "
-            "whole sweep; give each job one device (hardware=gpu), or run the jobs one by one"
+            f"hardware.trainer.devices={config.hardware.trainer.devices} cannot run in a multirun: each process that Lightning "
+            "starts would start the whole sweep again; type hardware.trainer.devices=1, or run the jobs one by one"
         )
     from dynprune.stages.run import Run
 

@@ -5,7 +5,7 @@ The wheel ``bfcl-eval`` is installed with ``--no-deps`` and never imported: only
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def _records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str,
 def _query(record: dict[str, Any], category: str, allowed: list[dict[str, Any]]) -> Query:
     messages = tuple(record["question"][0])
     text = " ".join(message["content"] for message in messages).lower()
+    required = {tool["name"]: set(tool["parameters"].get("required", ())) for tool in record["function"]}
     answers = tuple(
-        {"name": name, "arguments": _reference_arguments(arguments, text)}
+        {"name": name, "arguments": _reference_arguments(arguments, text, required.get(name, set()))}
         for call in allowed
         for name, arguments in call.items()
     )
@@ -99,8 +100,8 @@ def _query(record: dict[str, Any], category: str, allowed: list[dict[str, Any]])
     )
 
 
-def _reference_arguments(allowed: dict[str, list[Any]], text: str) -> dict[str, Any]:
-    """Chooses one right answer among the allowed ones: the first value of each parameter.
+def _reference_arguments(allowed: dict[str, Any], text: str, required: Set[str]) -> dict[str, Any]:
+    """Chooses one right answer among the allowed ones: for each parameter the first value that the query states, or the first.
 
     A parameter that may be left out is left out unless the query states its value: what the query does not say cannot be
     learnt from it.
@@ -109,17 +110,21 @@ def _reference_arguments(allowed: dict[str, list[Any]], text: str) -> dict[str, 
     for name, listed in allowed.items():
         # Inside nested dicts some of the leaderboard's values are plain, not lists of allowed ones.
         values = listed if isinstance(listed, list) else [listed]
-        stated = [value for value in values if value != ""]
-        if not stated or ("" in values and str(stated[0]).lower() not in text):
-            continue
-        arguments[name] = _first_allowed(stated[0], text)
+        given = [value for value in values if value != ""]
+        stated = [value for value in given if str(value).lower() in text]
+        if stated:
+            arguments[name] = _reference_value(stated[0], text)
+        elif given and ("" not in values or name in required):
+            arguments[name] = _reference_value(given[0], text)
+        elif values and name in required:
+            arguments[name] = ""
     return arguments
 
 
-def _first_allowed(value: Any, text: str) -> Any:
+def _reference_value(value: Any, text: str) -> Any:
     """Resolves the allowed values nested inside a dict, or inside the dicts of a list."""
     if isinstance(value, dict):
-        return _reference_arguments(value, text)
+        return _reference_arguments(value, text, frozenset())
     if isinstance(value, list):
-        return [_first_allowed(item, text) for item in value]
+        return [_reference_value(item, text) for item in value]
     return value

@@ -172,7 +172,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _parameter(spec: Any) -> dict[str, Any]:
     """Reads a parameter's Python-like type: ``str, optional`` is a string, ``List[int]`` an array of integers."""
-    parameter = dict(spec) if isinstance(spec, dict) else {"type": str(spec)}
+    parameter: dict[str, Any] = dict(spec) if isinstance(spec, dict) else {"type": str(spec)}
     if isinstance(parameter.get("properties"), dict):
         parameter["properties"] = {name: _parameter(child) for name, child in parameter["properties"].items()}
     written = str(parameter.get("type", "any")).removesuffix(", optional").strip()

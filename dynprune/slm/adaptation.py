@@ -6,7 +6,7 @@ The shipped delta ``smollm2_135m_fc`` was made by this module through ``dynprune
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from dynprune.slm.loading import SLM
 
 IGNORED = -100
 _WIDTH_STEP = 64
+_MOST_TOOLS = 4
+_MOST_CALLS = 4
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class TokenisedAnswer:
 class AnswerData(lightning.LightningDataModule):
     """Queries with their reference answers, some of them composed of two.
 
-    Two queries are joined, with some probability, into one query that asks for both: their words and their calls one after
-    the other, their tools together. Few queries of the benchmark need several calls, and a small SLM does not learn the
-    form from these alone. Each epoch has compositions of its own, drawn from the seed and the epoch's number, so that a
-    training that goes on after a kill sees what it would have seen.
+    With some probability a query gets another one's tools beside its own, and half of the time it is joined with it
+    into a query that asks for both: their words and their calls one after the other. Few queries of the benchmark
+    need several calls or a choice between tools, and a small SLM does not learn either from these alone. Each epoch
+    has compositions of its own, drawn from the seed and the epoch's number, so that a training that goes on after a
+    kill sees what it would have seen.
     """
 
     def __init__(
@@ -102,15 +105,17 @@ class AnswerData(lightning.LightningDataModule):
 
 
 def _composed(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
+    """Joins a query with another one, or adds the other one's tools; a query that would grow too long stays as it is."""
     other = rng.choice(others)
     names = {tool["name"] for tool in query.tools}
-    short = len(query.tools) + len(other.tools) <= 4 and len(query.answers) + len(other.answers) <= 4
-    if not short or any(tool["name"] in names for tool in other.tools):
+    if len(query.tools) + len(other.tools) > _MOST_TOOLS or any(tool["name"] in names for tool in other.tools):
         return query
     tools = [*query.tools, *other.tools]
     rng.shuffle(tools)
-    first, second = (" ".join(m["content"] for m in q.messages if m["role"] == "user") for q in (query, other))
+    if rng.random() < 0.5 or len(query.answers) + len(other.answers) > _MOST_CALLS:
+        return replace(query, tools=tuple(tools))
     link = rng.choice((" Also, ", " Then, ", " And ", " "))
+    first, second = (" ".join(m["content"] for m in q.messages if m["role"] == "user") for q in (query, other))
     system = [m for q in (query, other) for m in q.messages if m["role"] == "system"]
     return Query(
         id=f"{query.id}+{other.id}",

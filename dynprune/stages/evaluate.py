@@ -16,6 +16,7 @@ from dynprune.evaluation.accuracy import Sample, run_queries
 from dynprune.evaluation.latency import Chooser, Timing, time_rows
 from dynprune.evaluation.machine import describe_machine
 from dynprune.evaluation.static_search import greedy_static_sets
+from dynprune.metrics.scores import mean_scores
 from dynprune.slm.generation import Continuation
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
@@ -90,6 +91,14 @@ def static_sets(run: Run) -> Artifact:
     return run.store.get_or_build("static", VERSION, config, digest(queries), upstream, build, resumable=False)
 
 
+def train_routers(run: Run) -> dict[str, Artifact]:
+    """The routers that the table compares, by name; trained where they are missing."""
+    if run.config.evaluation.pruned_layers is not None:
+        return {}
+    methods: Mapping[str, DictConfig] = run.config.evaluation.routers or {run.config.method.name: run.config.method}
+    return {name: router(run, method) for name, method in methods.items()}
+
+
 def _rows(run: Run) -> list[Row]:
     settings = run.config.evaluation
     rows = [Row("original", lambda query: (), "[]", uses_router=False)]
@@ -101,9 +110,7 @@ def _rows(run: Run) -> list[Row]:
         for size in settings.static:
             layers = sets[str(size)]["layers"]
             rows.append(Row(f"static-{size}", _always(layers), str(layers), uses_router=False))
-    methods: Mapping[str, DictConfig] = settings.routers or {run.config.method.name: run.config.method}
-    for name, method in methods.items():
-        artifact = router(run, method)
+    for name, artifact in train_routers(run).items():
         rows.append(Row(f"router-{name}", chooser(run, artifact), artifact.fingerprint, uses_router=True))
     return rows
 
@@ -147,7 +154,10 @@ def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, 
         order = {query.id: position for position, query in enumerate(queries)}
         samples.sort(key=lambda sample: order[sample.id])
         write_samples(samples, folder / "samples.jsonl")
-        return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples)}
+        means = mean_scores()
+        means.update([sample.output for sample in samples], queries)
+        scores = {name: float(mean) for name, mean in means.compute().items()}
+        return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples), **scores}
 
     return run.store.get_or_build("evaluate", VERSION, config, digest(queries), upstream, build, resumable=False)
 

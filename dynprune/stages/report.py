@@ -15,7 +15,7 @@ from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
 from dynprune.evaluation.table import TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
-from dynprune.stages.evaluate import Evaluation, Row, evaluate, write_samples
+from dynprune.stages.evaluate import Evaluation, Row, evaluate, train_routers, write_samples
 from dynprune.stages.run import Run, plain
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,12 @@ def report(run: Run) -> Path:
     Returns:
         The folder.
     """
-    evaluation = evaluate(run)
     folder = run.folder / "report"
+    if run.store.rank > 0:
+        # The other processes of a distributed run train along; evaluating and timing is for the first one alone.
+        train_routers(run)
+        return folder
+    evaluation = evaluate(run)
     rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
     comparisons = _comparisons(evaluation, rows)
     write_table(rows, folder, describe_machine(), versions(), plain(run.config), comparisons)

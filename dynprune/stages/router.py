@@ -73,10 +73,20 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
             collate=_collate(inputs),
         )
         checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="max", save_top_k=1)
-        trainer = run.trainer(f"router-{method.name}", folder, [checkpoint], max_epochs=method.epochs)
+        hardware = run.config.hardware.trainer
+        trainer = run.trainer(
+            f"router-{method.name}",
+            folder,
+            [checkpoint],
+            max_epochs=method.epochs,
+            devices=hardware.devices,
+            strategy=hardware.strategy,
+        )
         trainer.fit(module, data)
         best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
+        if not trainer.is_global_zero:
+            return {}
         save_router(
             network,
             folder / "router",
@@ -95,7 +105,7 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
         upstream,
         build,
         resumable=False,
-        distributed="ddp" in str(run.config.hardware.trainer.strategy),
+        distributed=run.config.hardware.trainer.devices != 1,
     )
 
 

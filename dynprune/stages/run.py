@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -44,7 +45,7 @@ class Run:
         """
         self.config = config
         self.folder = Path(config.paths.run)
-        self.store = Store(Path(config.paths.artifacts))
+        self.store = Store(Path(config.paths.artifacts), rank=int(os.environ.get("LOCAL_RANK", 0)))
         self.made: dict[tuple[str, ...], Any] = {}
 
     @cached_property
@@ -105,7 +106,7 @@ class Run:
         return prompt, encode(render_answer(query), add_special_tokens=False).input_ids
 
     def trainer(self, name: str, folder: Path, callbacks: Sequence[Callback], **changes: Any) -> lightning.Trainer:
-        """Lightning's trainer of the hardware's configuration.
+        """Lightning's trainer of the hardware's configuration, on one device unless the stage says otherwise.
 
         Args:
             name: What is trained, for the loggers.
@@ -114,7 +115,7 @@ class Run:
             changes: Arguments of the trainer that are the stage's own.
         """
         loggers: list[Logger] = [instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None]
-        arguments = {**plain(self.config.hardware.trainer), **changes}
+        arguments = {**plain(self.config.hardware.trainer), "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
             default_root_dir=folder,
             logger=loggers or False,

@@ -1,0 +1,78 @@
+"""The README's commands: each composes here, and those that compute run in full on the tiny model in the slow tests."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dynprune.paths import conf_dir
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+DYNPRUNE = [line for line in LINES if line.startswith("dynprune ")]
+TINY = [
+    "experiment=tiny",
+    "method.epochs=1",
+    "adapter.epochs=1",
+    "exploration.max_queries=3",
+    "adapt.epochs=1",
+    "adapt.targets=[q_proj]",
+    "evaluation.latency.queries=1",
+]
+
+
+def overrides(line: str) -> list[str]:
+    return [word for word in shlex.split(line)[1:] if "=" in word]
+
+
+def test_the_commands_are_found():
+    assert len(DYNPRUNE) >= 8
+    assert [line for line in LINES if not line.startswith("dynprune ")] == ["make run", "make test"]
+
+
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_the_make_targets_run_what_they_say(target):
+    said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"run": "dynprune experiment=quickstart", "test": "pytest"}[target] in said
+
+
+@pytest.mark.parametrize("line", DYNPRUNE)
+def test_every_command_composes(line):
+    jobs = [override.split(",")[0] if " -m " in line else override for override in overrides(line)]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert compose("config", overrides=jobs).paths.artifacts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", DYNPRUNE)
+def test_every_command_runs_on_the_tiny_model(line, tmp_path):
+    (tmp_path / "queries.jsonl").write_text((ROOT / "tests" / "data" / "queries.jsonl").read_text(encoding="utf-8"))
+    if "model=hf" in line:
+        _save_tiny_model(tmp_path / "slm")
+    filled = line.replace("FOLDER_OR_HUB_ID", "slm").replace("FILE", "queries.jsonl").replace("seed=1,2,3", "seed=1,2")
+    words = [word for word in shlex.split(filled)[1:] if word not in ("experiment=quickstart", "model=smollm2_135m")]
+    words = [word.replace("[2,5,8,11,14,17]", "[1,3]").replace("[2,5,8]", "[1,2]") for word in words]
+    tiny = list(TINY)
+    if "fbc" in line:
+        tiny.append("+method.min_score=-10")
+    if "exploration=random" in line:
+        tiny.append("~exploration.strategy.max_scenarios")
+    if "data=jsonl" in line:
+        tiny += ["~data.source.categories"]
+    result = subprocess.run(
+        [sys.executable, "-m", "dynprune", *words, *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+def _save_tiny_model(folder: Path) -> None:
+    from dynprune.slm.loading import load_tiny
+
+    slm = load_tiny("llama", num_layers=4, hidden_size=32, seed=0)
+    slm.model.save_pretrained(folder)
+    slm.tokenizer.save_pretrained(folder)
