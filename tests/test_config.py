@@ -25,7 +25,7 @@ ADDED = {
     "torch.optim": {"params"},
 }
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
-GROUPS = [str(path) for path in FILES if path.parent != Path(".") and not path.name.startswith("_")]
+GROUPS = [str(path) for path in FILES if path.parent != Path(".") and path.parts[0] != "base"]
 
 
 def composed(*overrides: str) -> DictConfig:

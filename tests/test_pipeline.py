@@ -93,7 +93,7 @@ def test_the_artifacts_are_in_the_thesis_columns_and_in_both_adapter_forms(tiny)
 
 def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(tiny):
     folder, _ = tiny
-    said = dynprune(folder, "-m", "experiment=tiny", "method=dpo,orpo,fbc", "+method.min_score=-10").stdout
+    said = dynprune(folder, "-m", "experiment=tiny", "method=dpo,orpo,fbc", "++method.min_score=-10").stdout
     # The sweep changes the methods alone: what lies before them is that of the first run.
     assert len(manifests(folder, "adapters")) == 1
     assert len(manifests(folder, "explore")) == 2

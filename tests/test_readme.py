@@ -1,5 +1,6 @@
 """The README's commands: each composes here, and those that compute run in full on the tiny model in the slow tests."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -51,7 +52,7 @@ def test_every_command_composes(line):
 @pytest.mark.slow
 @pytest.mark.parametrize("line", DYNPRUNE)
 def test_every_command_runs_on_the_tiny_model(line, tmp_path):
-    (tmp_path / "queries.jsonl").write_text((ROOT / "tests" / "data" / "queries.jsonl").read_text(encoding="utf-8"))
+    (tmp_path / "queries.jsonl").write_text("".join(f"{json.dumps(_record(number))}\n" for number in range(60)))
     if "model=hf" in line:
         _save_tiny_model(tmp_path / "slm")
     filled = line.replace("FOLDER_OR_HUB_ID", "slm").replace("FILE", "queries.jsonl").replace("seed=1,2,3", "seed=1,2")
@@ -59,7 +60,7 @@ def test_every_command_runs_on_the_tiny_model(line, tmp_path):
     words = [word.replace("[2,5,8,11,14,17]", "[1,3]").replace("[2,5,8]", "[1,2]") for word in words]
     tiny = list(TINY)
     if "fbc" in line:
-        tiny.append("+method.min_score=-10")
+        tiny.append("++method.min_score=-10")
     if "exploration=random" in line:
         tiny.append("~exploration.strategy.max_scenarios")
     if "data=jsonl" in line:
@@ -68,6 +69,12 @@ def test_every_command_runs_on_the_tiny_model(line, tmp_path):
         [sys.executable, "-m", "dynprune", *words, *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+def _record(number: int) -> dict:
+    tool = {"name": f"f{number}", "description": "Does it.", "parameters": {"x": {"type": "int"}}}
+    call = {"name": f"f{number}", "arguments": {"x": number}}
+    return {"id": number, "query": f"f {number}", "tools": json.dumps([tool]), "answers": json.dumps([call])}
 
 
 def _save_tiny_model(folder: Path) -> None:

@@ -84,7 +84,7 @@ def _records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str,
 def _query(record: dict[str, Any], category: str, allowed: list[dict[str, Any]]) -> Query:
     messages = tuple(record["question"][0])
     text = " ".join(message["content"] for message in messages).lower()
-    required = {tool["name"]: set(tool["parameters"].get("required", ())) for tool in record["function"]}
+    required = {tool["name"]: set(tool.get("parameters", {}).get("required", ())) for tool in record["function"]}
     answers = tuple(
         {"name": name, "arguments": _reference_arguments(arguments, text, required.get(name, set()))}
         for call in allowed

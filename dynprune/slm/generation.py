@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynprune.slm.loading import SLM
-from dynprune.slm.pruning import LayerPruner
+from dynprune.slm.pruning import LayerPruner, configuration_mask
 
 # Compacting the batch copies its cache, which costs about as much as one decoding step.
 _COMPACT_BELOW = 0.75
@@ -88,9 +88,7 @@ def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new
         The continuations, in the order of the requests.
     """
     drafts = _usable_drafts(slm, requests, max_new_tokens)
-    mask_BL = torch.zeros(len(requests), slm.num_layers, dtype=torch.bool)
-    for row, request in enumerate(requests):
-        mask_BL[row, list(request.pruned_layers)] = True
+    mask_BL = configuration_mask(slm, [request.pruned_layers for request in requests])
     pruner.prune(mask_BL)
     batch, following_B, agreed_R = _prefill(slm, requests, drafts)
 

@@ -131,15 +131,9 @@ class LayerPruner:
             # One transfer for the whole mask: what follows is bookkeeping on the CPU, once for each configuration.
             self._rows = [_rows_of(column, self._slm.device) for column in configuration.cpu().unbind(dim=1)]
             return
-        pruned = {int(layer) for layer in configuration}
-        unknown = sorted(layer for layer in pruned if not 0 <= layer < num_layers)
-        if unknown:
-            raise ValueError(
-                f"{self._slm.name} has layers 0 to {num_layers - 1}, but {unknown} are to be pruned; "
-                f"for example [0, {num_layers - 1}]"
-            )
+        [mask_L] = configuration_mask(self._slm, [configuration]).tolist()
         self._batch = None
-        self._rows = [_ALL_PRUNE if index in pruned else _ALL_KEEP for index in range(num_layers)]
+        self._rows = [_ALL_PRUNE if pruned else _ALL_KEEP for pruned in mask_L]
 
     def select_rows(self, cache: Cache, mask_BL: Tensor, rows: Tensor) -> Tensor:
         """Drops the rows of a batch that are done, from the cache and from the configuration.
@@ -192,6 +186,32 @@ class LayerPruner:
 
     def _stand_in(self, index: int, hidden_BTd: Tensor) -> Tensor:
         return hidden_BTd if self._adapters is None else self._adapters.layer(index, hidden_BTd)
+
+
+def configuration_mask(slm: SLM, configurations: Sequence[Sequence[int] | Tensor]) -> Tensor:
+    """The mask of some configurations.
+
+    Args:
+        slm: The SLM.
+        configurations: Numbers of the pruned layers of each.
+
+    Returns:
+        mask_BL, True where a layer is pruned.
+
+    Raises:
+        ValueError: If a layer does not exist.
+    """
+    mask_BL = torch.zeros(len(configurations), slm.num_layers, dtype=torch.bool)
+    for row, configuration in enumerate(configurations):
+        layers = [int(layer) for layer in configuration]
+        unknown = sorted({layer for layer in layers if not 0 <= layer < slm.num_layers})
+        if unknown:
+            raise ValueError(
+                f"{slm.name} has layers 0 to {slm.num_layers - 1}, but {unknown} are to be pruned; "
+                f"for example [0, {slm.num_layers - 1}]"
+            )
+        mask_BL[row, layers] = True
+    return mask_BL
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -103,7 +103,7 @@ def _rows(run: Run) -> list[Row]:
     settings = run.config.evaluation
     rows = [Row("original", lambda query: (), "[]", uses_router=False)]
     if settings.pruned_layers is not None:
-        layers = sorted(settings.pruned_layers)
+        layers = sorted(set(settings.pruned_layers))
         return [*rows, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers), uses_router=False)]
     if settings.static:
         sets = json.loads((static_sets(run).folder / "sets.json").read_text(encoding="utf-8"))
