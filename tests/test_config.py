@@ -91,8 +91,6 @@ def test_every_key_has_a_comment_of_its_own_above_it(path):
         key = re.match(r"^( *)([a-z_0-9]+):( .+)?$", line)
         if key is None or not key[3] or key[2].startswith("_"):
             continue
-        if str(path) == "debug/fdr" or any(above.strip().startswith("- ") for above in lines[max(0, number - 1) : number]):
-            continue
         above = lines[number - 1].strip()
         previous = re.match(r"^ *[a-z_]+: .+$", lines[number - 1])
         assert above.startswith("#") or previous, f"{path}.yaml:{number + 1}: {line}"

@@ -111,7 +111,7 @@ def test_transformers_own_generate_works_in_the_context_with_padding_and_without
     batch = slm.tokenizer.pad({"input_ids": [list(p) for p in rows]}, return_tensors="pt")
     with LayerPruner(slm, adapters) as pruner:
         pruner.prune(list(pruned))
-        out = slm.model.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=256)
+        out = slm.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=256)
     for row, prompt in enumerate(rows):
         want, _ = plain_greedy(slm, adapters, prompt, pruned, 6)
         got = out[row, batch["input_ids"].shape[1] :].tolist()

@@ -68,7 +68,8 @@ class RouterTraining(lightning.LightningModule):
         """Loss of one batch."""
         loss, metrics = self.training_loss(self.outputs(batch), batch)
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        # The names that the field uses: rewards/chosen, logps/rejected and so on, as in TRL.
+        self.log_dict(metrics)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

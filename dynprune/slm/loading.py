@@ -61,6 +61,10 @@ class SLM:
         """Where the model lies."""
         return self.model.device
 
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        """Generates with transformers' own ``generate``, pruned inside a `LayerPruner`."""
+        return self.model.generate(*arguments, **named)  # type: ignore[operator]  # GenerationMixin is mixed in.
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, special ones left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -60,7 +60,7 @@ class LayerPruner:
     Example:
         >>> with LayerPruner(slm, adapters) as pruner:
         ...     pruner.prune([2, 5, 8])
-        ...     slm.model.generate(**inputs)
+        ...     slm.generate(**inputs)
 
     ``prune`` takes one configuration for all rows, or a mask with a row for each row of the batch. The configuration must
     stay as it is while a cache is in use.

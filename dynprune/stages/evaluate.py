@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
@@ -96,7 +97,11 @@ def train_routers(run: Run) -> dict[str, Artifact]:
     if run.config.evaluation.pruned_layers is not None:
         return {}
     methods: Mapping[str, DictConfig] = run.config.evaluation.routers or {run.config.method.name: run.config.method}
-    return {name: router(run, method) for name, method in methods.items()}
+    routers = {name: router(run, method) for name, method in methods.items()}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # What follows runs in the first process alone: a metric must not wait for the others.
+        torch.distributed.destroy_process_group()
+    return routers
 
 
 def _rows(run: Run) -> list[Row]:
