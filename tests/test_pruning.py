@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from dynprune.adapters.stack import AdapterStack
+from dynprune.slm.cache import ReservingCache
 from dynprune.slm.generation import Continuation, Request, generate, generate_all
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner, starting_at
@@ -147,6 +148,36 @@ def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
     with LayerPruner(slm, adapters) as pruner:
         got = generate(slm, pruner, [Request(p, c) for p, c in zip(rows, ALL, strict=True)], 12)
     assert [(list(g.token_ids), g.truncated) for g in got] == want
+
+
+def test_rows_put_aside_and_taken_up_again_say_what_they_would_have_said(slm, monkeypatch):
+    monkeypatch.setattr("dynprune.slm.generation._STEPS", 2)
+    slm.model.generation_config.eos_token_id = list(range(0, 257, 7))
+    adapters = random_adapters()
+    rows = prompts(len(ALL))
+    want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
+    assert sum(len(tokens) > 4 for tokens, _ in want) > 3
+    requests = [Request(p, c, Continuation((1, 2), False)) for p, c in zip(rows, ALL, strict=True)]
+    with LayerPruner(slm, adapters) as pruner:
+        got = list(generate_all(slm, pruner, requests, max_new_tokens=12, batch_size=5))
+    assert sorted(position for position, _ in got) == list(range(len(rows)))
+    assert [(list(c.token_ids), c.truncated) for _, c in sorted(got, key=lambda item: item[0])] == want
+
+
+def test_a_cache_that_reserves_room_holds_what_one_that_copies_holds():
+    ours, theirs = ReservingCache(), DynamicCache()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([0, 2])
+    for step, tokens in enumerate([5, 1, 1, 100, 1, 1]):
+        keys, values = torch.randn(2, 3 if step < 2 else 2, 2, tokens, 4, generator=generator)
+        for index in (0, 1):
+            got, want = (cache.update(keys + index, values - index, index) for cache in (ours, theirs))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if step == 1:
+            for cache in (ours, theirs):
+                for layer in cache.layers:
+                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text(make_slm):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from dynprune.data.tasks import Query
+from dynprune.slm.cache import ReservingCache
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner, cache_bytes
 
@@ -94,7 +94,7 @@ def _time_one(
     start = _now(slm)
     pruner.prune(choose(query))
     routed = _now(slm)
-    cache = DynamicCache()
+    cache = ReservingCache()
     token_11 = _next_token(slm, torch.tensor([list(prompt)], device=slm.device), 0, cache)
     prefilled = _now(slm)
     for step in range(tokens - 1):
@@ -111,7 +111,7 @@ def _time_one(
     )
 
 
-def _next_token(slm: SLM, ids_1T: torch.Tensor, past: int, cache: DynamicCache) -> torch.Tensor:
+def _next_token(slm: SLM, ids_1T: torch.Tensor, past: int, cache: ReservingCache) -> torch.Tensor:
     positions = torch.arange(past, past + ids_1T.shape[1], device=slm.device)[None]
     logits = slm.model(input_ids=ids_1T, position_ids=positions, cache=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].argmax(dim=-1, keepdim=True)

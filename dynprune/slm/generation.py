@@ -10,17 +10,19 @@ Shapes: B = rows still in the batch, R = all rows, T = tokens in the cache, N = 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from dynprune.slm.cache import ReservingCache
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 
 # Compacting the batch copies its cache, which costs about as much as one decoding step.
 _COMPACT_BELOW = 0.75
+# Most answers are shorter; what is left of a batch after so many steps waits for company, twice as many the next time.
+_STEPS = 48
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def generate_all(
 ) -> Iterator[tuple[int, Continuation]]:
     """Generates requests in batches of similar length.
 
+    A row that goes on long after the others of its batch would be decoded nearly alone. Such rows are put aside and decoded
+    together later, what they have said so far as their drafts.
+
     Args:
         slm: The SLM.
         pruner: Its pruner, entered.
@@ -60,21 +65,27 @@ def generate_all(
         batch_size: Rows generated together, at most.
 
     Yields:
-        The position of a request and its continuation, longest prompts first.
+        The position of a request and its continuation, in the order in which they finish.
     """
+    waiting = dict(enumerate(requests))
+    accepted: dict[int, int] = {}
+    steps = _STEPS
+    while waiting:
+        # Longest first: if a batch does not fit the memory, that shows at once.
+        order = sorted(waiting, key=lambda position: _length(waiting[position]), reverse=True)
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            results = _generate(slm, pruner, [waiting[position] for position in chunk], max_new_tokens, steps)
+            for position, (continuation, finished) in zip(chunk, results, strict=True):
+                accepted.setdefault(position, continuation.accepted)
+                if finished:
+                    del waiting[position]
+                    yield position, replace(continuation, accepted=accepted[position])
+                else:
+                    waiting[position] = replace(waiting[position], draft=continuation)
+        steps *= 2
 
-    def length(position: int) -> int:
-        request = requests[position]
-        return len(request.prompt) + (len(request.draft.token_ids) if request.draft else 0)
 
-    # Longest first: if a batch does not fit the memory, that shows at once.
-    order = sorted(range(len(requests)), key=length, reverse=True)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        yield from zip(chunk, generate(slm, pruner, [requests[p] for p in chunk], max_new_tokens), strict=True)
-
-
-@torch.inference_mode()
 def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int) -> list[Continuation]:
     """Continues prompts greedily as one batch, each row under its own configuration.
 
@@ -86,6 +97,22 @@ def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new
 
     Returns:
         The continuations, in the order of the requests.
+    """
+    return [continuation for continuation, _ in _generate(slm, pruner, requests, max_new_tokens, max_new_tokens)]
+
+
+def _length(request: Request) -> int:
+    return len(request.prompt) + (len(request.draft.token_ids) if request.draft else 0)
+
+
+@torch.inference_mode()
+def _generate(
+    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int, max_steps: int
+) -> list[tuple[Continuation, bool]]:
+    """Generates one batch, at most so many tokens beyond the drafts.
+
+    Returns:
+        Each row's continuation and whether it is finished.
     """
     drafts = _usable_drafts(slm, requests, max_new_tokens)
     mask_BL = configuration_mask(slm, [request.pruned_layers for request in requests])
@@ -100,7 +127,7 @@ def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new
     length_R = agreed_R.clone()
     live_R = length_R < max_new_tokens
     stopped_R = torch.zeros_like(live_R)
-    while True:
+    for step in range(max_steps + 1):
         stopped_R[rows_B] |= torch.isin(following_B, stop_ids) & live_R[rows_B]
         live_R &= ~stopped_R
         growing = rows_B[live_R[rows_B]]
@@ -108,18 +135,17 @@ def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new
         length_R[growing] += 1
         live_R &= length_R < max_new_tokens
         left = live_R[rows_B].nonzero()[:, 0]
-        if not len(left):
+        if not len(left) or step == max_steps:
             break
         if len(left) <= _COMPACT_BELOW * len(rows_B):
             mask_BL = pruner.select_rows(batch.cache, mask_BL, left)
             batch.select_rows(left)
             rows_B = rows_B[left]
         following_B = batch.step(slm, said_RN[rows_B, length_R[rows_B] - 1])
+    columns = (said_RN.tolist(), length_R.tolist(), stopped_R.tolist(), live_R.tolist(), agreed_R.tolist())
     return [
-        Continuation(tuple(ids[:length]), truncated=not stopped, accepted=agreed)
-        for ids, length, stopped, agreed in zip(
-            said_RN.tolist(), length_R.tolist(), stopped_R.tolist(), agreed_R.tolist(), strict=True
-        )
+        (Continuation(tuple(ids[:length]), truncated=not stopped, accepted=agreed), not live)
+        for ids, length, stopped, live, agreed in zip(*columns, strict=True)
     ]
 
 
@@ -127,7 +153,7 @@ def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new
 class _Batch:
     """The rows being decoded: their cache, which of its slots they may look at, and their next positions."""
 
-    cache: DynamicCache
+    cache: ReservingCache
     attention_BT: Tensor
     position_B: Tensor
 
@@ -161,7 +187,7 @@ def _prefill(slm: SLM, requests: Sequence[Request], drafts: Sequence[tuple[int, 
     pad = slm.tokenizer.pad_token_id
     ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=slm.device)
     attention_BT = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=slm.device)
-    cache = DynamicCache()
+    cache = ReservingCache()
     keep = max(len(draft) for draft in drafts) + 1
     logits_BKV = slm.model(
         input_ids=ids_BT,

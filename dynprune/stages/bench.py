@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import DynamicCache
 
 from dynprune.adapters.stack import AdapterStack
 from dynprune.atomic import replacing
@@ -26,6 +25,7 @@ from dynprune.evaluation.latency import time_rows
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import ConditionalBernoulliPolicy, SinkhornPolicy
+from dynprune.slm.cache import ReservingCache
 from dynprune.slm.generation import Continuation, Request, generate_all
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
@@ -124,7 +124,7 @@ def _prune_overhead(run: Run) -> Line:
 
     @torch.inference_mode()
     def without_layers(prompt: Sequence[int]) -> float:
-        start, cache = time.perf_counter(), DynamicCache()
+        start, cache = time.perf_counter(), ReservingCache()
         token = torch.tensor([list(prompt)])
         for _ in range(32):
             token = removed(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1).logits.argmax(dim=-1)
