@@ -144,7 +144,7 @@ def test_long_queries_can_be_left_out(tmp_path):
 
 
 def test_unknown_categories_broken_lines_and_missing_answers_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.categories has \['java'\]"):
+    with pytest.raises(ValueError, match=r"data\.source\.categories has \['java'\]"):
         load_bfcl(["java"])
     root = bfcl_folder(tmp_path, {"base": [10]})
     (tmp_path / "possible_answer" / "BFCL_v4_simple_python.json").write_text("")

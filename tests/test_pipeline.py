@@ -159,3 +159,38 @@ def test_help_says_the_groups_and_commands_without_loading_torch(tmp_path):
     result = dynprune(tmp_path, "--help")
     for word in ("method: dpo, fbc, orpo", "dynprune experiment=quickstart", "outputs/NAME/report"):
         assert word in result.stdout
+
+
+def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_adapt(tmp_path, monkeypatch):
+    from omegaconf import OmegaConf
+
+    from dynprune.data.bfcl import load_bfcl
+    from dynprune.stages.run import Run
+
+    monkeypatch.chdir(tmp_path)
+    queries = load_bfcl(["simple_python"], max_chars=500)
+    trained = sorted(frozenset().union(*(query.functions for query in queries[::3])))
+    (tmp_path / "delta").mkdir()
+    (tmp_path / "delta/adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "delta/functions.json").write_text(json.dumps(trained))
+    data = {
+        "source": {"_target_": "dynprune.data.bfcl.load_bfcl", "categories": ["simple_python"], "max_chars": 500},
+        "splits": {"adapt": 0.4, "train": 0.2, "validation": 0.1, "test": 0.3},
+        "split_seed": 0,
+    }
+    config = {"data": data, "paths": {"run": "run", "artifacts": "artifacts"}, "model": {"delta": None}}
+    whole = Run(OmegaConf.create(config)).splits
+    clean = Run(OmegaConf.create({**config, "model": {"delta": "delta"}})).splits
+    assert clean["adapt"] == whole["adapt"]
+    for name in ("train", "validation", "test"):
+        assert [q for q in whole[name] if not q.functions & set(trained)] == clean[name]
+        assert len(clean[name]) < len(whole[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fbc", "dpo"])
+def test_two_processes_train_a_router_together_and_one_of_them_evaluates(tmp_path, method):
+    arguments = ["experiment=tiny", f"method={method}", "++method.min_score=-10", "method.batch_size=4", "hardware=ddp"]
+    dynprune(tmp_path, *arguments, "name=two")
+    assert len(manifests(tmp_path, "router")) == 1
+    assert (tmp_path / "outputs/two/report/table.json").exists()

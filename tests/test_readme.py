@@ -61,10 +61,6 @@ def test_every_command_runs_on_the_tiny_model(line, tmp_path):
     tiny = list(TINY)
     if "fbc" in line:
         tiny.append("++method.min_score=-10")
-    if "exploration=random" in line:
-        tiny.append("~exploration.strategy.max_scenarios")
-    if "data=jsonl" in line:
-        tiny += ["~data.source.categories"]
     result = subprocess.run(
         [sys.executable, "-m", "dynprune", *words, *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )

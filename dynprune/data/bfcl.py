@@ -38,8 +38,8 @@ def load_bfcl(categories: Sequence[str] = CATEGORIES, max_chars: int | None = No
     unknown = set(categories) - set(CATEGORIES)
     if unknown:
         raise ValueError(
-            f"data.categories has {sorted(unknown)}, but the Berkeley wheel has {list(CATEGORIES)} for us; "
-            "for example data.categories=[simple_python,multiple]"
+            f"data.source.categories has {sorted(unknown)}, but the Berkeley wheel has {list(CATEGORIES)} for us; "
+            "for example data.source.categories=[simple_python,multiple]"
         )
     folder = Path(root) if root else _wheel_folder()
     queries: list[Query] = []
@@ -69,6 +69,8 @@ def _wheel_folder() -> Path:
 
 
 def _records(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; data.source.root must hold BFCL_v4_*.json and possible_answer/, or be null")
     with path.open(encoding="utf-8") as file:
         for line, text in enumerate(file, start=1):
             try:

@@ -47,7 +47,7 @@ def load_jsonl(path: str, max_chars: int | None = None) -> list[Query]:
     """
     source = Path(path)
     if not source.is_file():
-        raise ValueError(f"data.path={path!r} is no file; give one with {', '.join(_FIELDS)} on each line")
+        raise ValueError(f"data.source.path={path!r} is no file; give one with {', '.join(_FIELDS)} on each line")
     queries = []
     for where, record in _lines(source):
         query = parse_record(record, where)
@@ -55,7 +55,7 @@ def load_jsonl(path: str, max_chars: int | None = None) -> list[Query]:
             queries.append(query)
     if not queries:
         raise ValueError(
-            f"{path} has no query (of at most data.max_chars={max_chars} characters); "
+            f"{path} has no query (of at most data.source.max_chars={max_chars} characters); "
             f"each line must be a JSON object with {', '.join(_FIELDS)}"
         )
     return queries
@@ -77,7 +77,7 @@ def load_xlam60k(name: str, revision: str, max_chars: int | None, max_queries: i
         records = load_dataset(name, revision=revision, split="train")
     except (OSError, DatasetNotFoundError) as error:
         raise ValueError(
-            f"data.name={name!r} at revision {revision!r} is not in the local cache and the Hub did not give it "
+            f"data.source.name={name!r} at revision {revision!r} is not in the local cache and the Hub did not give it "
             f"({str(error).splitlines()[0]}); accept its terms on its page and type: hf auth login, "
             "or use data=bfcl, which needs no Hub"
         ) from error

@@ -30,13 +30,17 @@ def split_by_function(queries: Sequence[Query], shares: Mapping[str, float], see
         The queries of each split, sorted as they came.
 
     Raises:
-        ValueError: If the shares name an unknown split, are negative or do not sum to 1, or a split stays empty.
+        ValueError: If the shares name an unknown split, are negative or do not sum to 1, an id comes twice, or a split
+            stays empty.
     """
     if set(shares) != set(SPLITS) or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(
             f"data.splits is {dict(shares)}, but it needs one share of at least 0 for each of {', '.join(SPLITS)}, "
             "summing to 1; for example data.splits.test=0.3 data.splits.adapt=0.45"
         )
+    twice = [name for name, count in Counter(query.id for query in queries).items() if count > 1]
+    if twice:
+        raise ValueError(f"the data has the id {twice[0]!r} more than once; give each query an id of its own")
     ordered = sorted(range(len(queries)), key=lambda index: queries[index].id)
     components = _components([queries[index] for index in ordered])
     random.Random(seed).shuffle(components)

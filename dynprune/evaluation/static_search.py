@@ -116,9 +116,7 @@ class _Batch:
         """
         with starting_at(slm, first, input_BTd):
             logits_BKV = slm.model(**self._arguments).logits[:, :-1]
-        return functional.cross_entropy(
-            logits_BKV.flatten(0, 1).float(),
-            self._labels_BK.flatten(),
-            ignore_index=_IGNORED,
-            reduction="sum",
-        ).item()
+        labelled_BK = self._labels_BK != _IGNORED
+        # Selected before the cast: most positions have no label, and a row of logits is as long as the vocabulary.
+        loss = functional.cross_entropy(logits_BKV[labelled_BK].float(), self._labels_BK[labelled_BK], reduction="sum")
+        return loss.item()

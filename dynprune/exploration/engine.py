@@ -18,6 +18,9 @@ from dynprune.slm.generation import Continuation, Request, generate_all
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 
+# More than one, so that the stragglers of several batches are decoded together.
+_BATCHES_AT_ONCE = 4
+
 
 @dataclass
 class _Search:
@@ -59,7 +62,7 @@ def explore(
     waiting = iter(queries)
     active: list[_Search] = []
     while True:
-        while sum(len(search.pending) for search in active) < batch_size:
+        while sum(len(search.pending) for search in active) < _BATCHES_AT_ONCE * batch_size:
             query = next(waiting, None)
             if query is None:
                 break
@@ -82,7 +85,8 @@ def _start(slm: SLM, query: Query, strategy: Strategy, seed: int) -> _Search:
         query=query,
         prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
         proposals=proposals,
-        drafts=Counter([Continuation(tuple(reference), truncated=False)]),
+        # Never seen, so whatever has been seen comes first.
+        drafts=Counter({Continuation(tuple(reference), truncated=False): 0}),
         pending=next(proposals, ()),
     )
 

@@ -44,7 +44,7 @@ class DirectPreferenceOptimization(RouterTraining):
         """
         super().__init__(router, policy, optimizer)
         if reference not in ("frozen", "none"):
-            raise ValueError(f"method.reference={reference!r} is unknown; allowed: frozen, none")
+            raise ValueError(f"method.module.reference={reference!r} is unknown; allowed: frozen, none")
         self._beta = beta
         self._reference = copy.deepcopy(router).requires_grad_(False).eval() if reference == "frozen" else None
 

@@ -38,8 +38,17 @@ class FilteredBehaviouralCloning(RouterTraining):
             alpha: Weight of the layers' term.
             ratio_target: ``middle`` or ``edge`` of the bucket of k.
             layer_loss: ``bce`` or ``mse``.
+
+        Raises:
+            ValueError: If there is no such target or loss.
         """
         super().__init__(router, policy, optimizer)
+        if ratio_target not in ("middle", "edge"):
+            raise ValueError(f"method.module.ratio_target={ratio_target!r} is unknown; allowed: middle, edge")
+        if layer_loss not in ("bce", "mse"):
+            raise ValueError(f"method.module.layer_loss={layer_loss!r} is unknown; allowed: bce, mse")
+        # The equation has no σ; DDP refuses a parameter that gets no gradient.
+        router.ratio_log_std.requires_grad_(False)
         self._alpha, self._ratio_target, self._layer_loss = alpha, ratio_target, layer_loss
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

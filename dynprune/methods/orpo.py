@@ -44,7 +44,7 @@ class OddsRatioPreferenceOptimization(RouterTraining):
         """
         super().__init__(router, policy, optimizer)
         if variant not in ("paper", "thesis_code", "thesis_readme"):
-            raise ValueError(f"method.variant={variant!r} is unknown; allowed: paper, thesis_code, thesis_readme")
+            raise ValueError(f"method.module.variant={variant!r} is unknown; allowed: paper, thesis_code, thesis_readme")
         self._variant, self._weight, self._beta = variant, weight, beta
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -68,6 +68,14 @@ def generate_all(
         The position of a request and its continuation, in the order in which they finish.
     """
     waiting = dict(enumerate(requests))
+    if len(requests) <= batch_size or batch_size == 1:
+        # Nobody to wait for.
+        yield from enumerate(
+            generate(slm, pruner, requests, max_new_tokens)
+            if batch_size > 1
+            else (generate(slm, pruner, [request], max_new_tokens)[0] for request in requests)
+        )
+        return
     accepted: dict[int, int] = {}
     steps = _STEPS
     while waiting:

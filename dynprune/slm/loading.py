@@ -92,7 +92,9 @@ def load_hf(name: str, dtype: str, revision: str | None = None, delta: str | Non
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+        # A delta is added in float32, so that the sum is rounded once.
+        loaded_as = torch.float32 if delta is not None else _DTYPES.get(dtype, torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=loaded_as)
     except OSError as error:
         raise ValueError(
             f"model.name={name!r} (revision {revision}) is neither a folder nor in the local cache, and the Hub did not give "
@@ -215,7 +217,12 @@ def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def _plain_lora_config(path: Path) -> dict[str, Any]:
     stored = json.loads(path.read_text(encoding="utf-8"))
-    return {key: stored[key] for key in ("r", "lora_alpha", "target_modules", "use_rslora", "task_type")}
+    variants = ("alpha_pattern", "rank_pattern", "use_dora", "fan_in_fan_out", "layers_to_transform", "modules_to_save")
+    used = [key for key in variants if stored.get(key)]
+    if used:
+        raise ValueError(f"{path} uses {', '.join(used)}, which model.delta does not merge; give a plain LoRA delta")
+    plain = {key: stored[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
+    return {**plain, "use_rslora": stored.get("use_rslora", False)}
 
 
 def _prepare(

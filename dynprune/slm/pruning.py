@@ -155,7 +155,7 @@ class LayerPruner:
                 # No row keeps the layer any more: only its length matters from here on.
                 layer.keys = layer.keys.new_zeros(len(rows), 1, layer.keys.shape[2], 1)
                 layer.values = layer.keys
-        left_BL = mask_BL[rows]
+        left_BL = mask_BL[rows.to(mask_BL.device)]
         self.prune(left_BL)
         return left_BL
 
@@ -177,6 +177,11 @@ class LayerPruner:
                 *_select(args, rows.kept, batch),
                 **_select(kwargs, rows.kept, batch),
             )
+            if not isinstance(kept_BTd, Tensor):
+                raise ValueError(
+                    f"{self._slm.name} cannot be pruned: its decoder layers return a {type(kept_BTd).__name__}, not a tensor; "
+                    "use a model whose layers return a tensor, for example a Llama, Qwen2, Qwen3, Mistral or Gemma 3"
+                )
             out_BTd = torch.empty_like(hidden_BTd)
             out_BTd[rows.kept] = kept_BTd
             out_BTd[rows.pruned] = self._stand_in(index, hidden_BTd[rows.pruned])
@@ -274,7 +279,7 @@ def _write_placeholder(index: int, hidden_BTd: Tensor, arguments: Sequence[Any])
 def _select(value: Any, rows: Tensor, batch: int) -> Any:
     """Takes some rows of every batched tensor in the arguments of a layer."""
     if isinstance(value, Tensor):
-        return value[rows] if value.ndim and value.shape[0] == batch else value
+        return value[rows] if value.ndim > 1 and value.shape[0] == batch else value
     if isinstance(value, tuple | list):
         return type(value)(_select(item, rows, batch) for item in value)
     if isinstance(value, dict):

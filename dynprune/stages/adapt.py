@@ -2,14 +2,17 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
+from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import run_queries
 from dynprune.evaluation.machine import describe_machine
 from dynprune.evaluation.statistics import mean_interval
@@ -23,56 +26,64 @@ VERSION = 1
 
 
 def adapt(run: Run) -> Artifact:
-    """Makes the LoRA delta of an SLM: peft's two files and a model card."""
+    """Makes the LoRA delta of an SLM: peft's two files, the functions it was trained on, and a model card."""
     queries = run.queries("adapt", None, "data.splits.adapt")
-    config = {"model": run.model_identity, "adapt": plain(run.config.adapt), "seed": run.config.seed}
+    held_out = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
+    config = {
+        "model": run.model_identity,
+        "adapt": plain(run.config.adapt),
+        "precision": run.config.hardware.adapt_precision,
+        "max_tokens_margin": run.config.evaluation.max_tokens_margin,
+        "seed": run.config.seed,
+    }
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
-        settings = run.config.adapt
-        lightning.seed_everything(run.config.seed, workers=True)
-        slm = run.slm
-        data = AnswerData(queries, slm.tokenizer, settings.compose, settings.micro_batch_size, run.config.seed)
-        module = Adaptation(
-            slm,
-            settings.rank,
-            settings.alpha,
-            plain(settings.targets),
-            settings.learning_rate,
-            settings.warmup_share,
-        )
-        # The last epoch's end is kept, so that a killed run loses an epoch at most.
-        checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1)
-        trainer = run.trainer(
-            "adapt",
-            folder,
-            [checkpoint],
-            max_epochs=settings.epochs,
-            accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
-            gradient_clip_val=settings.clip,
-            precision=run.config.hardware.adapt_precision,
-        )
-        last = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-        save_delta(module.slm, folder)
-        merged = SLM(module.slm.merge_and_unload().eval(), slm.tokenizer, slm.name)
-        # The SLM that the run holds now has the delta in it: nobody may take it for the one that was loaded.
-        del run.slm
-        counts = _score(run, merged)
-        counts["training_samples"] = len(queries) * settings.epochs
-        _write_card(run, folder, counts, time.monotonic() - start)
+        _train(run, queries, folder)
+        seconds = time.monotonic() - start
+        counts = {"training_samples": len(queries) * run.config.adapt.epochs, **_score(run, held_out, folder)}
+        _write_card(run, folder, counts, seconds)
         return counts
 
-    return run.store.get_or_build("adapt", VERSION, config, digest(queries), {}, build, resumable=True)
+    data = {"adapt": digest(queries), "test": digest(held_out)}
+    return run.store.get_or_build("adapt", VERSION, config, data, {}, build, resumable=True)
 
 
-def _score(run: Run, slm: SLM) -> dict[str, Any]:
-    """Accuracy on the test split, whose functions the training has not seen."""
-    queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
-    limit = round(run.config.evaluation.max_tokens_margin * max(len(run.tokens(query)[1]) + 1 for query in queries))
+def _train(run: Run, queries: Sequence[Query], folder: Path) -> None:
+    settings = run.config.adapt
+    lightning.seed_everything(run.config.seed, workers=True)
+    slm = run.slm
+    data = AnswerData(queries, slm.tokenizer, settings.compose, settings.micro_batch_size, run.config.seed)
+    module = Adaptation(
+        slm, settings.rank, settings.alpha, plain(settings.targets), settings.learning_rate, settings.warmup_share
+    )
+    trainer = run.trainer(
+        "adapt",
+        folder,
+        # Written at the end of each epoch, so that a killed run loses an epoch at most.
+        [ModelCheckpoint(folder / "checkpoints", save_last=True)],
+        max_epochs=settings.epochs,
+        accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
+        gradient_clip_val=settings.clip,
+        precision=run.config.hardware.adapt_precision,
+    )
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    save_delta(module.slm, folder, queries)
+    # LoRA layers are wrapped around the run's own SLM now: nobody may take it for the one that was loaded.
+    del run.slm
+
+
+def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
+    """Scores of the written delta on queries whose functions the training has not seen, loaded as a user loads it."""
+    slm: SLM = instantiate(run.config.model, delta=str(folder), device=run.config.hardware.device)
+    run.slm = slm
     with LayerPruner(slm) as pruner:
-        samples = run_queries(slm, pruner, queries, [()] * len(queries), {}, limit, run.config.hardware.batch_size)
+        samples = run_queries(
+            slm, pruner, queries, [()] * len(queries), {}, run.max_new_tokens(queries), run.config.hardware.batch_size
+        )
         scored = [sample.scores for sample in track(samples, "scoring the adapted SLM", len(queries))]
+    del run.slm
     intervals = {name: mean_interval([scores[name] for scores in scored]) for name in scored[0]}
     return {
         "test_queries": len(queries),
@@ -80,33 +91,38 @@ def _score(run: Run, slm: SLM) -> dict[str, Any]:
     }
 
 
-def _write_card(run: Run, folder: Path, counts: dict[str, Any], seconds: float) -> None:
+def _write_card(run: Run, folder: Path, counts: Mapping[str, Any], seconds: float) -> None:
     scores = "\n".join(
         f"| {name} | {values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}] |"
         for name, values in counts.items()
         if isinstance(values, list)
     )
     machine = describe_machine()
+    source = plain(run.config.data.source)
+    warning = (
+        "\n**The Berkeley leaderboard's own questions were trained on, so this model has no place on that leaderboard.**\n"
+        if source["_target_"].endswith("load_bfcl")
+        else ""
+    )
     text = f"""---
-license: apache-2.0
+license: {run.config.adapt.license}
 library_name: peft
 ---
 # LoRA delta: tool calling for {run.config.model.get("file", run.config.model.get("name"))}
 
-Made by `dynprune stage=adapt`. It answers a query and its tools with a JSON list of calls.
-
-**The Berkeley leaderboard's own questions were trained on, so this model has no place on that leaderboard.** Training and test
-queries share no called function.
-
-- Data: {json.dumps(plain(run.config.data.source))}
+Made by `dynprune stage=adapt`. It answers a query and its tools with a JSON list of calls. Training and test queries share no
+called function; `functions.json` lists those that were trained on.
+{warning}
+- Data: {json.dumps(source)}
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
   trained on the adapt split only, {counts["training_samples"]} samples over all epochs
 - Recipe: {json.dumps(plain(run.config.adapt))}
 - Seed: {run.config.seed}
-- Wall-clock: {seconds / 60:.0f} minutes on {machine["cpu"]}, {machine["cores"]} cores
-- Licence: Apache-2.0, as the base model and the benchmark
+- Wall-clock of the training (of its last attempt): {seconds / 60:.0f} minutes on {machine["cpu"]}, {machine["cores"]} cores
+- Licence: {run.config.adapt.license}
 
-Held-out scores, {counts["test_queries"]} test queries, greedy, with 95% intervals (`partial_match` runs from -5 to 10):
+Held-out scores of this file, {counts["test_queries"]} test queries, greedy, with 95% intervals (`partial_match` runs from -5 to
+10):
 
 | score | mean |
 | --- | --- |

@@ -22,7 +22,7 @@ from dynprune.metrics.scores import get_score
 from dynprune.slm.generation import Continuation, Request, generate_all
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, digest, once_a_run, plain
+from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
 VERSION = 1
 
@@ -38,6 +38,8 @@ def adapters(run: Run) -> Artifact | None:
     config = {
         "model": run.model_identity,
         "adapter": plain(settings),
+        "folder": content_digest(settings.folder),
+        "precision": run.config.hardware.trainer.precision,
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
         "seed": run.config.seed,
     }
@@ -60,6 +62,8 @@ def adapters(run: Run) -> Artifact | None:
             if settings.folder is not None
             else AdapterStack(run.slm.num_layers, run.slm.hidden_size, settings.bottleneck)
         )
+        # Refuses adapters of another model before anything is computed with them.
+        LayerPruner(run.slm, stack)
         module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
         checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True)
         trainer = run.trainer("adapters", folder, [checkpoint], max_epochs=settings.epochs)

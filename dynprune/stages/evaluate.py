@@ -15,7 +15,7 @@ from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample, run_queries
 from dynprune.evaluation.latency import Chooser, Timing, time_rows
-from dynprune.evaluation.machine import describe_machine
+from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.static_search import greedy_static_sets
 from dynprune.metrics.scores import mean_scores
 from dynprune.slm.generation import Continuation
@@ -62,8 +62,7 @@ def evaluate(run: Run) -> Evaluation:
     samples: dict[str, list[Sample]] = {}
     drafts: Mapping[str, Continuation] = {}
     for row in rows:
-        artifact = _run_row(run, row, queries, drafts)
-        samples[row.name] = _read_samples(artifact.folder)
+        samples[row.name] = _run_row(run, row, queries, drafts)
         if row.name == "original":
             drafts = {s.id: Continuation(s.token_ids, s.truncated) for s in samples[row.name]}
     return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
@@ -80,7 +79,8 @@ def static_sets(run: Run) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         samples = [run.tokens(query) for query in queries]
-        samples.sort(key=lambda sample: len(sample[0]))
+        # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
+        samples.sort(key=lambda sample: len(sample[1]))
         with pruner_of(run, adapters_artifact) as pruner:
             search = greedy_static_sets(run.slm, pruner, samples, max(settings.static), run.config.hardware.batch_size)
             found = list(track(search, "searching static sets", max(settings.static)))
@@ -124,7 +124,7 @@ def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
     return lambda query: layers
 
 
-def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, Continuation]) -> Artifact:
+def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, Continuation]) -> list[Sample]:
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -135,36 +135,39 @@ def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, 
     if row.name == "original":
         # Without pruning there is nothing that adapters could change.
         adapters_artifact, upstream = None, {}
+    position_of = {query.id: position for position, query in enumerate(queries)}
+    shown: set[str] = set()
+
+    def show(sample: Sample) -> None:
+        if run.config.evaluation.verbose and sample.id not in shown:
+            log.info("%s", _verdict(row.name, queries[position_of[sample.id]], sample))
+            shown.add(sample.id)
 
     def build(folder: Path) -> dict[str, Any]:
         configurations = [tuple(row.choose(query)) for query in queries]
         # The first row has no outputs to draft from but the reference answers, which it often repeats.
         references = {query.id: Continuation(tuple(run.tokens(query)[1]), truncated=False) for query in queries}
-        by_id = {query.id: query for query in queries}
+        limit = run.max_new_tokens(queries)
+        samples = []
         with pruner_of(run, adapters_artifact) as pruner:
             results = run_queries(
-                run.slm,
-                pruner,
-                queries,
-                configurations,
-                drafts or references,
-                run.max_new_tokens(queries),
-                run.config.hardware.batch_size,
+                run.slm, pruner, queries, configurations, drafts or references, limit, run.config.hardware.batch_size
             )
-            samples = []
             for sample in track(results, f"evaluating {row.name}", len(queries)):
                 samples.append(sample)
-                if run.config.evaluation.verbose:
-                    log.info("%s", _verdict(row.name, by_id[sample.id], sample))
-        order = {query.id: position for position, query in enumerate(queries)}
-        samples.sort(key=lambda sample: order[sample.id])
+                show(sample)
+        samples.sort(key=lambda sample: position_of[sample.id])
         write_samples(samples, folder / "samples.jsonl")
         means = mean_scores()
         means.update([sample.output for sample in samples], queries)
         scores = {name: float(mean) for name, mean in means.compute().items()}
         return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples), **scores}
 
-    return run.store.get_or_build("evaluate", VERSION, config, digest(queries), upstream, build, resumable=False)
+    artifact = run.store.get_or_build("evaluate", VERSION, config, digest(queries), upstream, build, resumable=False)
+    samples = _read_samples(artifact.folder)
+    for sample in samples:
+        show(sample)
+    return samples
 
 
 def write_samples(samples: Sequence[Sample], target: Path) -> None:
@@ -194,12 +197,15 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
     timed = queries[: settings.queries]
     if not timed:
         return []
+    tokens = [max(1, min(settings.max_tokens, len(sample.token_ids) + 1)) for sample in originals[: len(timed)]]
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
         "rows": {row.name: row.origin for row in rows},
         "latency": plain(settings),
+        "tokens": tokens,
         "machine": describe_machine(),
+        "versions": versions(),
         "device": run.config.hardware.device,
         "seed": run.config.seed,
     }
@@ -207,7 +213,6 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
 
     def build(folder: Path) -> dict[str, Any]:
         prompts = [run.tokens(query)[0] for query in timed]
-        tokens = [max(1, min(settings.max_tokens, len(sample.token_ids) + 1)) for sample in originals[: len(timed)]]
         with pruner_of(run, adapters_artifact) as pruner:
             results = time_rows(
                 run.slm,

@@ -56,7 +56,7 @@ def report(run: Run) -> Path:
 def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
     samples = evaluation.samples[row.name]
     mean_pruned = sum(len(sample.pruned_layers) for sample in samples) / len(samples)
-    cost = run.config.router.cost_layers if row.uses_router else 0.0
+    cost = run.config.evaluation.router_cost_layers if row.uses_router else 0.0
     return TableRow(
         name=row.name,
         n=len(samples),
@@ -84,7 +84,7 @@ def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
 
 
 def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Comparison]:
-    """Each router against the unpruned SLM and against the static set nearest to it in size; routers against each other."""
+    """Every row against the unpruned SLM, each router against the static set nearest in size, routers among themselves."""
     statics = [row for row in rows if row.name.startswith("static-")]
     routers = [row for row in rows if row.name.startswith("router-")]
     pairs = [(row.name, "original") for row in rows if row.name != "original"]

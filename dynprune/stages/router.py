@@ -15,6 +15,7 @@ from dynprune.artifacts import Artifact
 from dynprune.data.datamodule import StreamData
 from dynprune.data.filtering import keep_successful
 from dynprune.data.prompts import render_router_input
+from dynprune.data.rollouts import completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
 from dynprune.methods.base import RouterTraining
@@ -25,7 +26,7 @@ from dynprune.router.policies import Policy, build_policy
 from dynprune.router.router import Router
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
-from dynprune.stages.run import Run, plain
+from dynprune.stages.run import Run, content_digest, plain
 
 VERSION = 1
 _MONITORED = "validation/rewards/accuracies"
@@ -42,38 +43,26 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
     learns_from = get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
     source = pairs(run) if learns_from == "pairs" else explore(run)
     held_out = pairs(run, "validation")
+    hardware = run.config.hardware.trainer
     config = {
         "router": plain(run.config.router),
+        "encoder": content_digest(run.config.router.encoder.name_or_path),
         "method": plain(method),
         "num_layers": run.slm.num_layers,
+        "precision": hardware.precision,
+        # Each process has batches of its own: several of them learn from larger steps.
+        "devices": hardware.devices,
         "seed": run.config.seed,
     }
     upstream = {"source": source.fingerprint, "validation": held_out.fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
-        policy = _policy(run)
-        network = _router(run)
+        policy, network = _policy(run), _router(run)
         module: RouterTraining = instantiate(
             method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
         )
-        inputs = RouterInputs(
-            network,
-            {q.id: render_router_input(q) for split in ("train", "validation") for q in run.splits[split]},
-        )
-        if learns_from == "pairs":
-            training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, run.config.seed)
-        else:
-            keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
-            training = RolloutStream(source.folder, policy.allows, keep, run.config.seed)
-        data = StreamData(
-            training,
-            PairStream(held_out.folder / PAIRS, policy.allows, None),
-            batch_size=method.batch_size,
-            collate=_collate(inputs),
-        )
         checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="max", save_top_k=1)
-        hardware = run.config.hardware.trainer
         trainer = run.trainer(
             f"router-{method.name}",
             folder,
@@ -82,30 +71,39 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
             devices=hardware.devices,
             strategy=hardware.strategy,
         )
-        trainer.fit(module, data)
-        best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(best["state_dict"])
+        trainer.fit(module, _data(run, method, source, held_out, network, policy))
         if not trainer.is_global_zero:
             return {}
-        save_router(
-            network,
-            folder / "router",
-            {"policy": policy.config(), "slm": run.slm.name, "method": method.name},
-        )
-        return {
-            "best_epoch": int(best["epoch"]),
-            "preference_accuracy": float(checkpoint.best_model_score or 0),
-        }
+        best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+        module.load_state_dict(best["state_dict"])
+        extra = {"policy": policy.config(), "slm": run.slm.name, "method": method.name}
+        save_router(network, folder / "router", extra)
+        return {"best_epoch": int(best["epoch"]), "preference_accuracy": float(checkpoint.best_model_score or 0)}
 
     return run.store.get_or_build(
-        "router",
-        VERSION,
-        config,
-        {},
-        upstream,
-        build,
-        resumable=False,
-        distributed=run.config.hardware.trainer.devices != 1,
+        "router", VERSION, config, {}, upstream, build, resumable=False, distributed=hardware.devices != 1
+    )
+
+
+def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, network: Router, policy: Policy) -> StreamData:
+    """What the method learns from, and the held-out pairs that every method is validated on."""
+    if source.stage == "pairs":
+        training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, run.config.seed)
+    else:
+        keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
+        training = RolloutStream(source.folder, policy.allows, keep, run.config.seed)
+    explored = {split: completed_ids(explore(run, split).folder) for split in ("train", "validation")}
+    texts = {
+        query.id: render_router_input(query)
+        for split, ids in explored.items()
+        for query in run.splits[split]
+        if query.id in ids
+    }
+    return StreamData(
+        training,
+        PairStream(held_out.folder / PAIRS, policy.allows, None),
+        batch_size=method.batch_size,
+        collate=_collate(RouterInputs(network, texts)),
     )
 
 
@@ -138,12 +136,14 @@ def _router(run: Run) -> Router:
 
 def _policy(run: Run) -> Policy:
     settings = run.config.router
+    own = plain(settings.sinkhorn) if settings.policy == "sinkhorn" else {}
     return build_policy(
         {
             "name": settings.policy,
             "num_layers": run.slm.num_layers,
             "prunable_layers": plain(settings.prunable_layers),
             "k_max": settings.k_max,
+            **own,
         }
     )
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,15 +11,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
+import wandb
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from dynprune.artifacts import Store
 from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.splits import split_by_function
 from dynprune.data.tasks import Query
+from dynprune.slm.adaptation import trained_functions
 from dynprune.slm.loading import SLM, delta_folder
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Run:
         """
         self.config = config
         self.folder = Path(config.paths.run)
-        self.store = Store(Path(config.paths.artifacts), rank=int(os.environ.get("LOCAL_RANK", 0)))
+        self.store = Store(Path(config.paths.artifacts), rank=getattr(rank_zero_only, "rank", 0))
         self.made: dict[tuple[str, ...], Any] = {}
 
     @cached_property
@@ -63,8 +65,24 @@ class Run:
         splits = split_by_function(queries, plain(self.config.data.splits), seed)
         for members in splits.values():
             random.Random(seed).shuffle(members)
+        self._leave_out_trained(splits)
         log.info("queries: %s", ", ".join(f"{name} {len(members)}" for name, members in splits.items()))
         return splits
+
+    def _leave_out_trained(self, splits: dict[str, list[Query]]) -> None:
+        """Takes out of all splits but ``adapt`` what calls a function that the SLM's delta was trained on.
+
+        With the data and the splits that the delta was trained with, that is nothing.
+        """
+        delta = self.config.model.get("delta")
+        if delta is None:
+            return
+        trained = trained_functions(delta_folder(delta))
+        for name, members in splits.items():
+            seen = [query for query in members if query.functions & trained] if name != "adapt" else []
+            if seen:
+                log.warning("left %d queries out of the %s split: the SLM was trained on their functions", len(seen), name)
+                splits[name] = [query for query in members if not query.functions & trained]
 
     def queries(self, split: str, limit: int | None, limit_key: str) -> list[Query]:
         """The first queries of a split.
@@ -89,8 +107,8 @@ class Run:
         """What identifies the SLM: its configuration and, with a delta, the delta's content."""
         identity: dict[str, Any] = plain(self.config.model)
         if identity.get("delta") is not None:
-            weights = delta_folder(identity["delta"]) / "adapter_model.safetensors"
-            identity["delta_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+            identity["delta_content"] = content_digest(str(delta_folder(identity["delta"])))
+        identity["content"] = content_digest(identity.get("name"))
         return identity
 
     def max_new_tokens(self, queries: Sequence[Query]) -> int:
@@ -114,6 +132,9 @@ class Run:
             callbacks: Callbacks beside the progress bar.
             changes: Arguments of the trainer that are the stage's own.
         """
+        if "wandb" in self.config.logger:
+            # One wandb run for each training: Lightning's logger would go on in the one that is open.
+            wandb.finish()
         loggers: list[Logger] = [instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None]
         arguments = {**plain(self.config.hardware.trainer), "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
@@ -145,6 +166,18 @@ def once_a_run(stage: Callable[..., Made]) -> Callable[..., Made]:
 def plain(config: Any) -> Any:
     """A configuration node as plain dicts and lists, resolved; a plain value as it is."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def content_digest(place: str | None) -> str | None:
+    """A hash of the files in a local folder; ``None`` for what is no folder here, such as a Hub id."""
+    if place is None or not Path(place).is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+        total.update(str(path.relative_to(place)).encode())
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def digest(queries: Sequence[Query]) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ class GumbelPolicy(PlackettLucePolicy):
             ValueError: If the temperature is not positive.
         """
         if temperature <= 0:
-            raise ValueError(f"router.policy.temperature={temperature} is not allowed; allowed: above 0, for example 0.5")
+            raise ValueError(f"temperature={temperature} is not allowed; allowed: above 0, for example 0.5")
         logits_BN, mu_B, log_sigma_B = self._heads(outputs)
         count_B = sample_count(mu_B, log_sigma_B, self.num_prunable, self.k_max, generator)
         keys_BN = logits_BN + gumbel_like(logits_BN, generator)

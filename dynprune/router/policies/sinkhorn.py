@@ -51,9 +51,9 @@ class SinkhornPolicy(Policy):
         """
         super().__init__(num_layers, prunable_layers, k_max)
         if epsilon <= 0:
-            raise ValueError(f"router.policy.epsilon={epsilon} is not allowed; allowed: above 0, for example 0.1")
+            raise ValueError(f"router.sinkhorn.epsilon={epsilon} is not allowed; allowed: above 0, for example 0.1")
         if iterations < 1:
-            raise ValueError(f"router.policy.iterations={iterations} is not allowed; allowed: 1 or more, for example 2")
+            raise ValueError(f"router.sinkhorn.iterations={iterations} is not allowed; allowed: 1 or more, for example 2")
         self.epsilon = epsilon
         self.iterations = iterations
 

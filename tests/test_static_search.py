@@ -1,0 +1,74 @@
+import copy
+import itertools
+
+import pytest
+import torch
+
+from dynprune.adapters.stack import AdapterStack
+from dynprune.evaluation.static_search import greedy_static_sets
+from dynprune.slm.pruning import LayerPruner
+
+
+class Skip(torch.nn.Module):
+    def __init__(self, stack: AdapterStack, index: int) -> None:
+        super().__init__()
+        self.stack, self.index = stack, index
+
+    def forward(self, hidden, *args, **kwargs):
+        return self.stack.layer(self.index, hidden)
+
+
+def adapters() -> AdapterStack:
+    torch.manual_seed(1)
+    stack = AdapterStack(4, 32, 4).requires_grad_(False)
+    for parameter in stack.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return stack
+
+
+def samples() -> list[tuple[list[int], list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randint(0, 250, (4 + 2 * i,), generator=generator).tolist(), torch.randint(0, 250, (2 + i % 3,)).tolist())
+        for i in range(5)
+    ]
+
+
+def nats_per_token(slm, stack, pruned, data) -> float:
+    """Sample by sample, without padding or sharing."""
+    model = copy.deepcopy(slm.model)
+    for index in pruned:
+        model.model.layers[index] = Skip(stack, index)
+    total, count = 0.0, 0
+    for prompt, answer in data:
+        target = [*answer, slm.tokenizer.eos_token_id]
+        logits = model(input_ids=torch.tensor([prompt + target]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        total -= logits.log_softmax(-1)[range(len(target)), target].sum().item()
+        count += len(target)
+    return total / count
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_each_step_adds_the_layer_that_hurts_the_likelihood_least(make_slm, batch_size):
+    slm, stack, data = make_slm(), adapters(), samples()
+    with LayerPruner(slm, stack) as pruner:
+        found = list(greedy_static_sets(slm, pruner, data, 3, batch_size))
+    chosen: tuple[int, ...] = ()
+    for layers, loss in found:
+        losses = {
+            candidate: nats_per_token(slm, stack, candidate, data)
+            for candidate in itertools.combinations(range(4), len(chosen) + 1)
+            if set(chosen) < set(candidate)
+        }
+        assert layers == min(losses, key=losses.get)
+        assert loss == pytest.approx(losses[layers], rel=1e-4)
+        chosen = layers
+
+
+def test_impossible_sizes_and_missing_samples_are_refused(make_slm):
+    slm = make_slm()
+    with LayerPruner(slm) as pruner:
+        with pytest.raises(ValueError, match="set of 5 layers"):
+            next(greedy_static_sets(slm, pruner, samples(), 5, 2))
+        with pytest.raises(ValueError, match="needs samples"):
+            next(greedy_static_sets(slm, pruner, [], 1, 2))
