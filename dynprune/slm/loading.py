@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dynprune.slm.allocator import keep_freed_memory
 from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.layers import decoder_layers
 
@@ -243,4 +244,8 @@ def _prepare(
         tokenizer.pad_token = tokenizer.eos_token
     module: nn.Module = model
     module.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
+    # A slice of the last positions is not contiguous, for which torch copies the head's weights once for each row.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, arguments: (arguments[0].contiguous(),))
+    if model.device.type == "cpu":
+        keep_freed_memory()
     return SLM(model=model, tokenizer=tokenizer, name=name)
