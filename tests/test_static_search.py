@@ -52,7 +52,7 @@ def nats_per_token(slm, stack, pruned, data) -> float:
 def test_each_step_adds_the_layer_that_hurts_the_likelihood_least(make_slm, batch_size):
     slm, stack, data = make_slm(), adapters(), samples()
     with LayerPruner(slm, stack) as pruner:
-        found = list(greedy_static_sets(slm, pruner, data, 3, batch_size))
+        found = list(greedy_static_sets(slm, pruner, data, 3, None, batch_size))
     chosen: tuple[int, ...] = ()
     for layers, loss in found:
         losses = {
@@ -69,6 +69,16 @@ def test_impossible_sizes_and_missing_samples_are_refused(make_slm):
     slm = make_slm()
     with LayerPruner(slm) as pruner:
         with pytest.raises(ValueError, match="set of 5 layers"):
-            next(greedy_static_sets(slm, pruner, samples(), 5, 2))
+            next(greedy_static_sets(slm, pruner, samples(), 5, None, 2))
         with pytest.raises(ValueError, match="needs samples"):
-            next(greedy_static_sets(slm, pruner, [], 1, 2))
+            next(greedy_static_sets(slm, pruner, [], 1, None, 2))
+
+
+def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
+    slm, stack, data = make_slm(), adapters(), samples()
+    alone = sorted(range(4), key=lambda layer: nats_per_token(slm, stack, [layer], data))
+    with LayerPruner(slm, stack) as pruner:
+        *_, (pair, _) = greedy_static_sets(slm, pruner, data, 2, 2, 8)
+        with pytest.raises(ValueError, match=r"static_candidates=1 is fewer"):
+            next(greedy_static_sets(slm, pruner, data, 2, 1, 8))
+    assert set(pair) == set(alone[:2])

@@ -24,6 +24,7 @@ def greedy_static_sets(
     pruner: LayerPruner,
     samples: Sequence[tuple[Sequence[int], Sequence[int]]],
     largest: int,
+    candidates: int | None,
     batch_size: int,
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Grows a static set layer by layer.
@@ -33,13 +34,14 @@ def greedy_static_sets(
         pruner: Its pruner with adapters, entered.
         samples: Prompt and reference answer of each sample, as tokens.
         largest: Size of the largest set.
+        candidates: After the first layer, only so many are tried, those that hurt least alone; ``None`` tries all.
         batch_size: Samples in a batch.
 
     Yields:
         The best set of each size from 1 to ``largest`` with its mean negative log-likelihood, in nats a token.
 
     Raises:
-        ValueError: If a set cannot have so many layers, or there are no samples.
+        ValueError: If a set cannot have so many layers, there are too few candidates, or there are no samples.
     """
     if not 1 <= largest <= slm.num_layers:
         raise ValueError(
@@ -49,9 +51,15 @@ def greedy_static_sets(
     if not samples:
         raise ValueError("the search for static sets needs samples of the train split; set evaluation.static_samples")
     batches = [_Batch.of(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+    if candidates is not None and candidates < largest:
+        raise ValueError(
+            f"evaluation.static_candidates={candidates} is fewer than the {largest} layers of the largest static set; "
+            f"allowed: at least {largest}, or null for all layers"
+        )
     chosen: tuple[int, ...] = ()
+    tried = list(range(slm.num_layers))
     for _ in range(largest):
-        losses = dict.fromkeys((layer for layer in range(slm.num_layers) if layer not in chosen), 0.0)
+        losses = dict.fromkeys((layer for layer in tried if layer not in chosen), 0.0)
         for batch in batches:
             pruner.prune(chosen)
             inputs = batch.layer_inputs(slm)
@@ -59,7 +67,10 @@ def greedy_static_sets(
                 pruner.prune([*chosen, layer])
                 losses[layer] += batch.loss(slm, layer, inputs[layer])
         tokens = sum(batch.num_targets for batch in batches)
-        best = min(losses, key=lambda layer: losses[layer])
+        ranked = sorted(losses, key=lambda layer: losses[layer])
+        if not chosen:
+            tried = ranked[:candidates]
+        best = ranked[0]
         chosen = tuple(sorted([*chosen, best]))
         yield chosen, losses[best] / tokens
 

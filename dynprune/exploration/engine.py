@@ -5,32 +5,34 @@ the most frequent answer first (before any, the reference answer). See `dynprune
 plain greedy decoding.
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.rollouts import Rollout
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Configuration, Proposals, Strategy
-from dynprune.slm.generation import Continuation, Request, generate_all
+from dynprune.slm.generation import Continuation, GenerationQueue, Request
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 
-# More than one, so that the stragglers of several batches are decoded together.
+# More than one batch of searches, so that batches fill and stragglers find company.
 _BATCHES_AT_ONCE = 4
 
 
 @dataclass
 class _Search:
-    """One query's search under way."""
+    """One query's search under way; `outputs` are those of the configurations that were proposed last."""
 
     query: Query
     prompt: tuple[int, ...]
     proposals: Proposals
     drafts: Counter[Continuation]
     pending: tuple[Configuration, ...] = ()
+    outputs: dict[Configuration, Rollout] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
 
 
@@ -59,22 +61,34 @@ def explore(
     Yields:
         All rollouts of one query, as soon as its search ends; not in the order of the queries.
     """
+    queue = GenerationQueue(slm, pruner, max_new_tokens, batch_size)
     waiting = iter(queries)
-    active: list[_Search] = []
-    while True:
-        while sum(len(search.pending) for search in active) < _BATCHES_AT_ONCE * batch_size:
-            query = next(waiting, None)
-            if query is None:
-                break
-            search = _start(slm, query, strategy, seed)
-            if search.pending:
-                active.append(search)
-        if not active:
-            return
-        _roll_out(slm, pruner, active, score, max_new_tokens, batch_size)
-        for search in [search for search in active if not search.pending]:
-            active.remove(search)
-            yield search.rollouts
+    numbers = itertools.count()
+    owner_of: dict[int, tuple[_Search, Configuration]] = {}
+
+    def submit(search: _Search) -> None:
+        draft = search.drafts.most_common(1)[0][0]
+        for configuration in search.pending:
+            number = next(numbers)
+            owner_of[number] = (search, configuration)
+            queue.submit(number, Request(search.prompt, configuration, draft))
+
+    def start_searches() -> None:
+        while len(owner_of) < _BATCHES_AT_ONCE * batch_size and (query := next(waiting, None)) is not None:
+            submit(_start(slm, query, strategy, seed))
+
+    start_searches()
+    for number, continuation in queue:
+        search, configuration = owner_of.pop(number)
+        output = slm.decode(continuation.token_ids)
+        search.outputs[configuration] = Rollout(search.query.id, configuration, score(output, search.query), output)
+        search.drafts[replace(continuation, accepted=0)] += 1
+        if len(search.outputs) == len(search.pending):
+            _propose_again(search)
+            submit(search)
+            if not search.pending:
+                yield search.rollouts
+        start_searches()
 
 
 def _start(slm: SLM, query: Query, strategy: Strategy, seed: int) -> _Search:
@@ -87,38 +101,16 @@ def _start(slm: SLM, query: Query, strategy: Strategy, seed: int) -> _Search:
         proposals=proposals,
         # Never seen, so whatever has been seen comes first.
         drafts=Counter({Continuation(tuple(reference), truncated=False): 0}),
-        pending=next(proposals, ()),
+        pending=next(proposals),
     )
 
 
-def _roll_out(
-    slm: SLM,
-    pruner: LayerPruner,
-    active: Sequence[_Search],
-    score: Callable[[str, Query], float],
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    """Generates what all searches have proposed, and lets them propose again."""
-    owners = [(search, configuration) for search in active for configuration in search.pending]
-    requests = [Request(search.prompt, configuration, search.drafts.most_common(1)[0][0]) for search, configuration in owners]
-    rollout_of: dict[int, Rollout] = {}
-    for position, continuation in generate_all(slm, pruner, requests, max_new_tokens, batch_size):
-        search, configuration = owners[position]
-        output = slm.decode(continuation.token_ids)
-        rollout_of[position] = Rollout(
-            id=search.query.id,
-            pruned_layers=configuration,
-            score=score(output, search.query),
-            output=output,
-        )
-        search.drafts[Continuation(continuation.token_ids, continuation.truncated)] += 1
-    rollouts = [rollout_of[position] for position in range(len(owners))]
-    for search in active:
-        count = len(search.pending)
-        mine, rollouts = rollouts[:count], rollouts[count:]
-        search.rollouts += mine
-        try:
-            search.pending = search.proposals.send([rollout.score for rollout in mine])
-        except StopIteration:
-            search.pending = ()
+def _propose_again(search: _Search) -> None:
+    """Sends the scores of what was proposed, in that order."""
+    rollouts = [search.outputs[configuration] for configuration in search.pending]
+    search.rollouts += rollouts
+    search.outputs = {}
+    try:
+        search.pending = search.proposals.send([rollout.score for rollout in rollouts])
+    except StopIteration:
+        search.pending = ()

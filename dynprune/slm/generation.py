@@ -49,49 +49,69 @@ class Request:
     draft: Continuation | None = None
 
 
+class GenerationQueue:
+    """Requests that are generated in batches of similar length; more may come while results are taken.
+
+    A row that goes on long after the others of its batch would be decoded nearly alone. Such rows are put aside until
+    they fill a batch of their own, or nothing else waits; what they have said so far is their draft then.
+
+    Iterating yields the key of a request and its continuation, in the order in which they finish.
+    """
+
+    def __init__(self, slm: SLM, pruner: LayerPruner, max_new_tokens: int, batch_size: int) -> None:
+        """Starts empty.
+
+        Args:
+            slm: The SLM.
+            pruner: Its pruner, entered.
+            max_new_tokens: Limit of each continuation, its stop token included.
+            batch_size: Rows generated together, at most.
+        """
+        self._slm = slm
+        self._pruner = pruner
+        self._max_new_tokens = max_new_tokens
+        self._batch_size = batch_size
+        self._fresh: dict[int, Request] = {}
+        self._aside: dict[int, Request] = {}
+        self._accepted: dict[int, int] = {}
+        self._steps: dict[int, int] = {}
+
+    def submit(self, key: int, request: Request) -> None:
+        """Adds a request under a key of its own."""
+        self._fresh[key] = request
+
+    def __iter__(self) -> Iterator[tuple[int, Continuation]]:
+        """Generates until nothing waits."""
+        while self._fresh or self._aside:
+            waiting = self._aside if len(self._aside) >= self._batch_size or not self._fresh else self._fresh
+            # Longest first: if a batch does not fit the memory, that shows at once.
+            keys = sorted(waiting, key=lambda key: _length(waiting[key]), reverse=True)[: self._batch_size]
+            requests = [waiting.pop(key) for key in keys]
+            alone = not self._fresh and not self._aside
+            steps = self._max_new_tokens if alone else min(self._steps.get(key, _STEPS) for key in keys)
+            results = _generate(self._slm, self._pruner, requests, self._max_new_tokens, steps)
+            for key, request, (continuation, finished) in zip(keys, requests, results, strict=True):
+                self._accepted.setdefault(key, continuation.accepted)
+                if finished:
+                    self._steps.pop(key, None)
+                    yield key, replace(continuation, accepted=self._accepted.pop(key))
+                else:
+                    self._aside[key] = replace(request, draft=continuation)
+                    self._steps[key] = 2 * steps
+
+
 def generate_all(
     slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int, batch_size: int
 ) -> Iterator[tuple[int, Continuation]]:
-    """Generates requests in batches of similar length.
-
-    A row that goes on long after the others of its batch would be decoded nearly alone. Such rows are put aside and decoded
-    together later, what they have said so far as their drafts.
-
-    Args:
-        slm: The SLM.
-        pruner: Its pruner, entered.
-        requests: What to generate.
-        max_new_tokens: Limit of each continuation, its stop token included.
-        batch_size: Rows generated together, at most.
+    """Generates requests that are all known at the start; see `GenerationQueue`.
 
     Yields:
         The position of a request and its continuation, in the order in which they finish.
     """
-    waiting = dict(enumerate(requests))
-    if len(requests) <= batch_size or batch_size == 1:
-        # Nobody to wait for.
-        yield from enumerate(
-            generate(slm, pruner, requests, max_new_tokens)
-            if batch_size > 1
-            else (generate(slm, pruner, [request], max_new_tokens)[0] for request in requests)
-        )
-        return
-    accepted: dict[int, int] = {}
-    steps = _STEPS
-    while waiting:
-        # Longest first: if a batch does not fit the memory, that shows at once.
-        order = sorted(waiting, key=lambda position: _length(waiting[position]), reverse=True)
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            results = _generate(slm, pruner, [waiting[position] for position in chunk], max_new_tokens, steps)
-            for position, (continuation, finished) in zip(chunk, results, strict=True):
-                accepted.setdefault(position, continuation.accepted)
-                if finished:
-                    del waiting[position]
-                    yield position, replace(continuation, accepted=accepted[position])
-                else:
-                    waiting[position] = replace(waiting[position], draft=continuation)
-        steps *= 2
+    queue = GenerationQueue(slm, pruner, max_new_tokens, batch_size)
+    for position, request in enumerate(requests):
+        queue.submit(position, request)
+    yield from queue
 
 
 def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int) -> list[Continuation]:

@@ -74,7 +74,11 @@ def static_sets(run: Run) -> Artifact:
     settings = run.config.evaluation
     queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
     adapters_artifact = adapters(run)
-    config = {"model": run.model_identity, "largest": max(settings.static)}
+    config = {
+        "model": run.model_identity,
+        "largest": max(settings.static),
+        "candidates": settings.static_candidates,
+    }
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -82,7 +86,14 @@ def static_sets(run: Run) -> Artifact:
         # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
         samples.sort(key=lambda sample: len(sample[1]))
         with pruner_of(run, adapters_artifact) as pruner:
-            search = greedy_static_sets(run.slm, pruner, samples, max(settings.static), run.config.hardware.batch_size)
+            search = greedy_static_sets(
+                run.slm,
+                pruner,
+                samples,
+                max(settings.static),
+                settings.static_candidates,
+                run.config.hardware.batch_size,
+            )
             found = list(track(search, "searching static sets", max(settings.static)))
         sets = {str(len(layers)): {"layers": list(layers), "nats_per_token": loss} for layers, loss in found}
         with replacing(folder / "sets.json") as path:
