@@ -1,4 +1,5 @@
 import copy
+import math
 import random
 from collections.abc import Sequence
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.data.prompts import render_prompt
+from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.tasks import Query
 from dynprune.exploration.engine import explore
 from dynprune.exploration.random_search import RandomSearch
@@ -60,7 +61,7 @@ def length_score(output: str, query: Query) -> float:
 
 def run(slm, n: int, strategy, batch_size: int, seed: int = 0) -> dict[str, list]:
     with LayerPruner(slm, adapters()) as pruner:
-        found = list(explore(slm, pruner, queries(n), strategy, length_score, 6, batch_size, seed))
+        found = list(explore(slm, pruner, queries(n), strategy, length_score, 0.25, batch_size, seed))
     assert all(len({rollout.id for rollout in rollouts}) == 1 for rollouts in found)
     return {rollouts[0].id: rollouts for rollouts in found}
 
@@ -73,7 +74,8 @@ def test_every_rollout_is_what_plain_generation_of_its_configuration_says_and_sc
     checked = 0
     for query in queries(5):
         for rollout in found[query.id]:
-            output = generated(slm, adapters(), query, rollout.pruned_layers, 6)
+            limit = math.ceil(0.25 * (len(render_answer(query)) + 1))
+            output = generated(slm, adapters(), query, rollout.pruned_layers, limit)
             assert rollout.output == output
             assert rollout.score == length_score(output, query)
             checked += 1

@@ -131,9 +131,9 @@ def test_mixed_batches_with_and_without_drafts_say_what_single_rows_say(slm):
         "partly right": [Continuation((*w[: i % 4], 7, 8, 9), False) for i, (w, _) in enumerate(want)],
     }
     for name, given in drafts.items():
-        requests = [Request(p, c, d) for p, c, d in zip(rows, ALL, given, strict=True)]
+        requests = [Request(p, c, 8, d) for p, c, d in zip(rows, ALL, given, strict=True)]
         with LayerPruner(slm, adapters) as pruner:
-            got = dict(generate_all(slm, pruner, requests, max_new_tokens=8, batch_size=6))
+            got = dict(generate_all(slm, pruner, requests, batch_size=6))
         assert [(list(got[i].token_ids), got[i].truncated) for i in range(len(rows))] == want, name
         if name == "right":
             assert all(got[i].accepted == len(got[i].token_ids) for i in got)
@@ -146,7 +146,7 @@ def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
     want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
     assert len({len(tokens) for tokens, _ in want}) > 1
     with LayerPruner(slm, adapters) as pruner:
-        got = generate(slm, pruner, [Request(p, c) for p, c in zip(rows, ALL, strict=True)], 12)
+        got = generate(slm, pruner, [Request(p, c, 12) for p, c in zip(rows, ALL, strict=True)])
     assert [(list(g.token_ids), g.truncated) for g in got] == want
 
 
@@ -157,9 +157,9 @@ def test_rows_put_aside_and_taken_up_again_say_what_they_would_have_said(slm, mo
     rows = prompts(len(ALL))
     want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
     assert sum(len(tokens) > 4 for tokens, _ in want) > 3
-    requests = [Request(p, c, Continuation((1, 2), False)) for p, c in zip(rows, ALL, strict=True)]
+    requests = [Request(p, c, 12, Continuation((1, 2), False)) for p, c in zip(rows, ALL, strict=True)]
     with LayerPruner(slm, adapters) as pruner:
-        got = list(generate_all(slm, pruner, requests, max_new_tokens=12, batch_size=5))
+        got = list(generate_all(slm, pruner, requests, batch_size=5))
     assert sorted(position for position, _ in got) == list(range(len(rows)))
     assert [(list(c.token_ids), c.truncated) for _, c in sorted(got, key=lambda item: item[0])] == want
 
@@ -185,8 +185,8 @@ def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text(make_
     adapters = random_adapters()
     rows = prompts(4)
     with LayerPruner(slm, adapters) as pruner:
-        plain = generate(slm, pruner, [Request(p, (0,)) for p in rows], 8)
-        drafted = generate(slm, pruner, [Request(p, (0,), Continuation((1, 2, 3), False)) for p in rows], 8)
+        plain = generate(slm, pruner, [Request(p, (0,), 8) for p in rows])
+        drafted = generate(slm, pruner, [Request(p, (0,), 8, Continuation((1, 2, 3), False)) for p in rows])
     assert [c.token_ids for c in plain] == [c.token_ids for c in drafted]
 
 

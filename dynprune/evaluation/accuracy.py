@@ -59,11 +59,12 @@ def run_queries(
         Request(
             prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
             pruned_layers=tuple(sorted(configuration)),
+            max_new_tokens=max_new_tokens,
             draft=drafts.get(query.id),
         )
         for query, configuration in zip(queries, configurations, strict=True)
     ]
-    for position, continuation in generate_all(slm, pruner, requests, max_new_tokens, batch_size):
+    for position, continuation in generate_all(slm, pruner, requests, batch_size):
         query = queries[position]
         output = slm.decode(continuation.token_ids)
         yield Sample(

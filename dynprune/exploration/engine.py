@@ -6,6 +6,7 @@ plain greedy decoding.
 """
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ class _Search:
 
     query: Query
     prompt: tuple[int, ...]
+    max_new_tokens: int
     proposals: Proposals
     drafts: Counter[Continuation]
     pending: tuple[Configuration, ...] = ()
@@ -42,7 +44,7 @@ def explore(
     queries: Sequence[Query],
     strategy: Strategy,
     score: Callable[[str, Query], float],
-    max_new_tokens: int,
+    max_tokens_margin: float,
     batch_size: int,
     seed: int,
 ) -> Iterator[list[Rollout]]:
@@ -54,14 +56,15 @@ def explore(
         queries: The queries.
         strategy: Proposes configurations for one query and receives their scores.
         score: Scores an output of the SLM.
-        max_new_tokens: Limit of each output, stop token included.
+        max_tokens_margin: Outputs are cut at so many times the length of the query's reference answer: an SLM that a
+            configuration ruined often talks on and on.
         batch_size: Configurations generated together, over all queries.
         seed: Seed of the searches; each query's search depends on it and on the query's id alone.
 
     Yields:
         All rollouts of one query, as soon as its search ends; not in the order of the queries.
     """
-    queue = GenerationQueue(slm, pruner, max_new_tokens, batch_size)
+    queue = GenerationQueue(slm, pruner, batch_size)
     waiting = iter(queries)
     numbers = itertools.count()
     owner_of: dict[int, tuple[_Search, Configuration]] = {}
@@ -71,11 +74,11 @@ def explore(
         for configuration in search.pending:
             number = next(numbers)
             owner_of[number] = (search, configuration)
-            queue.submit(number, Request(search.prompt, configuration, draft))
+            queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, draft))
 
     def start_searches() -> None:
         while len(owner_of) < _BATCHES_AT_ONCE * batch_size and (query := next(waiting, None)) is not None:
-            submit(_start(slm, query, strategy, seed))
+            submit(_start(slm, query, strategy, max_tokens_margin, seed))
 
     start_searches()
     for number, continuation in queue:
@@ -91,13 +94,15 @@ def explore(
         start_searches()
 
 
-def _start(slm: SLM, query: Query, strategy: Strategy, seed: int) -> _Search:
+def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float, seed: int) -> _Search:
     # The builtin hash of a string differs from process to process; Random seeds from the text itself.
     proposals = strategy.propose(slm.num_layers, random.Random(f"{seed}-{query.id}"))
     reference = slm.tokenizer(render_answer(query), add_special_tokens=False).input_ids
     return _Search(
         query=query,
         prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
+        # The stop token, too.
+        max_new_tokens=math.ceil(max_tokens_margin * (len(reference) + 1)),
         proposals=proposals,
         # Never seen, so whatever has been seen comes first.
         drafts=Counter({Continuation(tuple(reference), truncated=False): 0}),

@@ -9,6 +9,7 @@ near-tie can fall the other way, since a pass over many tokens rounds differentl
 Shapes: B = rows still in the batch, R = all rows, T = tokens in the cache, N = new tokens, V = vocabulary, L = layers.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,10 +43,18 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Request:
-    """One row to generate: a prompt under a configuration, with a draft where there is one."""
+    """One row to generate.
+
+    Attributes:
+        prompt: Its tokens.
+        pruned_layers: Its configuration.
+        max_new_tokens: Limit of the continuation, its stop token included.
+        draft: A continuation that it may well repeat, where there is one.
+    """
 
     prompt: tuple[int, ...]
     pruned_layers: tuple[int, ...]
+    max_new_tokens: int
     draft: Continuation | None = None
 
 
@@ -58,18 +67,16 @@ class GenerationQueue:
     Iterating yields the key of a request and its continuation, in the order in which they finish.
     """
 
-    def __init__(self, slm: SLM, pruner: LayerPruner, max_new_tokens: int, batch_size: int) -> None:
+    def __init__(self, slm: SLM, pruner: LayerPruner, batch_size: int) -> None:
         """Starts empty.
 
         Args:
             slm: The SLM.
             pruner: Its pruner, entered.
-            max_new_tokens: Limit of each continuation, its stop token included.
             batch_size: Rows generated together, at most.
         """
         self._slm = slm
         self._pruner = pruner
-        self._max_new_tokens = max_new_tokens
         self._batch_size = batch_size
         self._fresh: dict[int, Request] = {}
         self._aside: dict[int, Request] = {}
@@ -88,8 +95,8 @@ class GenerationQueue:
             keys = sorted(waiting, key=lambda key: _length(waiting[key]), reverse=True)[: self._batch_size]
             requests = [waiting.pop(key) for key in keys]
             alone = not self._fresh and not self._aside
-            steps = self._max_new_tokens if alone else min(self._steps.get(key, _STEPS) for key in keys)
-            results = _generate(self._slm, self._pruner, requests, self._max_new_tokens, steps)
+            steps = None if alone else min(self._steps.get(key, _STEPS) for key in keys)
+            results = _generate(self._slm, self._pruner, requests, steps)
             for key, request, (continuation, finished) in zip(keys, requests, results, strict=True):
                 self._accepted.setdefault(key, continuation.accepted)
                 if finished:
@@ -97,36 +104,35 @@ class GenerationQueue:
                     yield key, replace(continuation, accepted=self._accepted.pop(key))
                 else:
                     self._aside[key] = replace(request, draft=continuation)
-                    self._steps[key] = 2 * steps
+                    self._steps[key] = 2 * self._steps.get(key, _STEPS)
 
 
 def generate_all(
-    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int, batch_size: int
+    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], batch_size: int
 ) -> Iterator[tuple[int, Continuation]]:
     """Generates requests that are all known at the start; see `GenerationQueue`.
 
     Yields:
         The position of a request and its continuation, in the order in which they finish.
     """
-    queue = GenerationQueue(slm, pruner, max_new_tokens, batch_size)
+    queue = GenerationQueue(slm, pruner, batch_size)
     for position, request in enumerate(requests):
         queue.submit(position, request)
     yield from queue
 
 
-def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int) -> list[Continuation]:
+def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request]) -> list[Continuation]:
     """Continues prompts greedily as one batch, each row under its own configuration.
 
     Args:
         slm: The SLM.
         pruner: Its pruner, entered; it is left with the configurations of some of the rows.
         requests: The R rows.
-        max_new_tokens: Limit of each continuation, its stop token included.
 
     Returns:
         The continuations, in the order of the requests.
     """
-    return [continuation for continuation, _ in _generate(slm, pruner, requests, max_new_tokens, max_new_tokens)]
+    return [continuation for continuation, _ in _generate(slm, pruner, requests, None)]
 
 
 def _length(request: Request) -> int:
@@ -135,33 +141,34 @@ def _length(request: Request) -> int:
 
 @torch.inference_mode()
 def _generate(
-    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_new_tokens: int, max_steps: int
+    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_steps: int | None
 ) -> list[tuple[Continuation, bool]]:
     """Generates one batch, at most so many tokens beyond the drafts.
 
     Returns:
         Each row's continuation and whether it is finished.
     """
-    drafts = _usable_drafts(slm, requests, max_new_tokens)
+    drafts = _usable_drafts(slm, requests)
     mask_BL = configuration_mask(slm, [request.pruned_layers for request in requests])
     pruner.prune(mask_BL)
     batch, following_B, agreed_R = _prefill(slm, requests, drafts)
 
     rows_B = torch.arange(len(requests), device=slm.device)
     stop_ids = torch.tensor(slm.stop_ids, device=slm.device)
-    said_RN = torch.zeros(len(requests), max_new_tokens, dtype=torch.long, device=slm.device)
+    limit_R = torch.tensor([request.max_new_tokens for request in requests], device=slm.device)
+    said_RN = torch.zeros(len(requests), int(limit_R.max()), dtype=torch.long, device=slm.device)
     for row, (draft, agreed) in enumerate(zip(drafts, agreed_R.tolist(), strict=True)):
         said_RN[row, :agreed] = torch.tensor(draft[:agreed], dtype=torch.long)
     length_R = agreed_R.clone()
-    live_R = length_R < max_new_tokens
+    live_R = length_R < limit_R
     stopped_R = torch.zeros_like(live_R)
-    for step in range(max_steps + 1):
+    for step in itertools.count():
         stopped_R[rows_B] |= torch.isin(following_B, stop_ids) & live_R[rows_B]
         live_R &= ~stopped_R
         growing = rows_B[live_R[rows_B]]
         said_RN[growing, length_R[growing]] = following_B[live_R[rows_B]]
         length_R[growing] += 1
-        live_R &= length_R < max_new_tokens
+        live_R &= length_R < limit_R
         left = live_R[rows_B].nonzero()[:, 0]
         if not len(left) or step == max_steps:
             break
@@ -239,10 +246,10 @@ def _prefill(slm: SLM, requests: Sequence[Request], drafts: Sequence[tuple[int, 
     return _Batch(cache, attention_BT, position_B), torch.tensor(following, device=slm.device), agreed_B
 
 
-def _usable_drafts(slm: SLM, requests: Sequence[Request], max_new_tokens: int) -> list[tuple[int, ...]]:
+def _usable_drafts(slm: SLM, requests: Sequence[Request]) -> list[tuple[int, ...]]:
     """The drafts' tokens; none where a sliding window would count the slots of a rejected draft as positions."""
     window = getattr(slm.model.config.get_text_config(), "sliding_window", None)
-    longest = max(len(request.prompt) for request in requests) + 2 * max_new_tokens
+    longest = max(len(request.prompt) + 2 * request.max_new_tokens for request in requests)
     if window is not None and longest > window:
         return [()] * len(requests)
-    return [request.draft.token_ids[:max_new_tokens] if request.draft else () for request in requests]
+    return [request.draft.token_ids[: request.max_new_tokens] if request.draft else () for request in requests]

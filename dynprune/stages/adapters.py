@@ -100,14 +100,14 @@ def _correct_sequences(run: Run, queries: Sequence[Query], folder: Path) -> list
         return [tuple(sequence) for sequence in json.loads(kept.read_text(encoding="utf-8"))]
     correct_by = run.config.adapter.correct_by
     score = get_score(correct_by) if correct_by is not None else None
+    limit = run.max_new_tokens(queries)
     requests = []
     for query in queries:
         prompt, reference = run.tokens(query)
-        requests.append(Request(tuple(prompt), (), Continuation(tuple(reference), truncated=False)))
-    limit = run.max_new_tokens(queries)
+        requests.append(Request(tuple(prompt), (), limit, Continuation(tuple(reference), truncated=False)))
     right: dict[int, tuple[int, ...]] = {}
     with LayerPruner(run.slm) as pruner:
-        answers = generate_all(run.slm, pruner, requests, limit, run.config.hardware.batch_size)
+        answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)
         for position, answer in track(answers, "answers to distil from", len(requests)):
             output = run.slm.decode(answer.token_ids)
             if score is None or score(output, queries[position]) == 1.0:

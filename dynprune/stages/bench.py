@@ -92,7 +92,7 @@ def _explore(run: Run) -> Line:
         for query in queries:
             prompt, reference = run.tokens(query)
             draft = Continuation(tuple(reference), truncated=False) if drafted else None
-            made += [Request(tuple(prompt), tuple(sorted(c)), draft) for c in configurations]
+            made += [Request(tuple(prompt), tuple(sorted(c)), limit, draft) for c in configurations]
         return made
 
     limit = run.max_new_tokens(queries)
@@ -100,7 +100,7 @@ def _explore(run: Run) -> Line:
     def explore(drafted: bool, batch_size: int) -> Callable[[], object]:
         def generate() -> object:
             with LayerPruner(run.slm, stack) as pruner:
-                return list(generate_all(run.slm, pruner, requests(drafted), limit, batch_size))
+                return list(generate_all(run.slm, pruner, requests(drafted), batch_size))
 
         return generate
 

@@ -33,7 +33,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
         "model": run.model_identity,
         "strategy": plain(settings.strategy),
         "score": settings.score,
-        "max_tokens_margin": run.config.evaluation.max_tokens_margin,
+        "max_tokens_margin": settings.max_tokens_margin,
         "seed": run.config.seed,
     }
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
@@ -50,7 +50,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
                 left,
                 instantiate(settings.strategy),
                 score,
-                run.max_new_tokens(queries),
+                settings.max_tokens_margin,
                 run.config.hardware.batch_size,
                 run.config.seed,
             )
