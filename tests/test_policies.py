@@ -267,7 +267,7 @@ def test_straight_through_samples_have_a_gradient_in_all_three_heads() -> None:
 
 
 def test_a_temperature_that_is_not_positive_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"router\.policy\.temperature=0"):
+    with pytest.raises(ValueError, match=r"temperature=0"):
         GumbelPolicy(4).relaxed_sample(outputs(1, 4), 0.0)
 
 
@@ -352,7 +352,7 @@ def test_a_wrong_k_max_is_refused_by_its_key(k_max: int) -> None:
 
 @pytest.mark.parametrize("setting", [{"epsilon": 0.0}, {"epsilon": -1.0}, {"iterations": 0}])
 def test_wrong_sinkhorn_settings_are_refused_by_their_key(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"router\.policy\.{next(iter(setting))}="):
+    with pytest.raises(ValueError, match=rf"router\.sinkhorn\.{next(iter(setting))}="):
         SinkhornPolicy(8, **setting)
 
 
