@@ -23,6 +23,7 @@ from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
 VERSION = 1
+_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
 def adapt(run: Run) -> Artifact:
@@ -32,7 +33,6 @@ def adapt(run: Run) -> Artifact:
     config = {
         "model": run.model_identity,
         "adapt": plain(run.config.adapt),
-        "precision": run.config.hardware.adapt_precision,
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
         "seed": run.config.seed,
     }
@@ -65,7 +65,8 @@ def _train(run: Run, queries: Sequence[Query], folder: Path) -> None:
         max_epochs=settings.epochs,
         accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
         gradient_clip_val=settings.clip,
-        precision=run.config.hardware.adapt_precision,
+        # Products in the SLM's own dtype; what is trained is kept in float32.
+        precision=_PRECISION[run.model_identity["dtype"]],
     )
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)

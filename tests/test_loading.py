@@ -1,0 +1,34 @@
+"""Loading the SLM: the dtype that ``auto`` stands for, and the mistakes that a person can make."""
+
+import pytest
+import torch
+
+from dynprune.slm.loading import load_tiny, resolve_dtype
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True}, "float32"),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": False}, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_dtype("auto", "cpu") == dtype
+    assert resolve_dtype("auto", "cuda") == "bfloat16"
+    assert resolve_dtype("float16", "cpu") == "float16"
+
+
+def test_auto_is_the_dtype_of_the_loaded_model(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert load_tiny("llama", num_layers=2, hidden_size=32, seed=0, dtype="auto").model.dtype == torch.bfloat16
+
+
+def test_an_unknown_dtype_is_refused_with_those_that_are_allowed():
+    with pytest.raises(ValueError, match=r"model\.dtype='int3' is unknown; allowed: auto, float32, bfloat16, float16"):
+        load_tiny("llama", num_layers=2, hidden_size=32, seed=0, dtype="int3")
