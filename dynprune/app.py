@@ -1,6 +1,7 @@
 """The Hydra entry point ``dynprune``: composes the configuration and runs the stage that it names."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ def main(config: DictConfig) -> None:
     except (ValueError, InstantiationException) as error:
         # Hydra wraps what a target raises; the user's mistake is the sentence inside.
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
-        if not isinstance(cause, ValueError) or multirun:
+        if not isinstance(cause, ValueError) or multirun or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         log.error("%s", cause)
         sys.exit(1)

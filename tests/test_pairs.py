@@ -149,6 +149,20 @@ def test_the_file_holds_every_pair_of_every_query_under_the_columns_of_the_thesi
     assert file.num_row_groups > 2
 
 
+def test_pairs_whose_winner_scores_too_little_are_left_out(tmp_path):
+    queries = [some_rollouts(f"q{i}", 20) for i in range(20)]
+    folder = write_rollouts(tmp_path / "rollouts", queries)
+    everything = {pair for rollouts in queries for pair in brute_force(rollouts)}
+    wanted = {pair for pair in everything if pair[3] >= 0.5}
+    assert 0 < len(wanted) < len(everything)
+    write_pairs(folder, tmp_path / "all.parquet", "all", None, 0, min_winner_score=0.5)
+    assert {astuple(pair) for pair in read_pairs(tmp_path / "all.parquet")} == wanted
+    write_pairs(folder, tmp_path / "random.parquet", "random", 5, 0, min_winner_score=0.5)
+    assert {astuple(pair) for pair in read_pairs(tmp_path / "random.parquet")} <= wanted
+    with pytest.raises(ValueError, match=r"pairs\.min_winner_score=99"):
+        write_pairs(folder, tmp_path / "none.parquet", "all", None, 0, min_winner_score=99)
+
+
 def test_a_pair_has_the_types_of_a_pair(tmp_path):
     folder = write_rollouts(tmp_path / "rollouts", [[Rollout("q", (), 1.0, ""), Rollout("q", (3, 7), 1.0, "")]])
     write_pairs(folder, tmp_path / "pairs.parquet", "all", None, seed=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dynprune.adapters.checkpoint import load_adapters
 from dynprune.data.pairs import read_pairs
@@ -107,6 +108,25 @@ def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(ti
     assert names == {"router-dpo", "router-orpo", "router-fbc"}
 
 
+def test_dpo_starts_from_the_router_that_another_method_trained(tiny):
+    folder, _ = tiny
+    (folder / "mine/experiment").mkdir(parents=True)
+    (folder / "mine/experiment/started.yaml").write_text(
+        "# @package _global_\ndefaults: [tiny, {/method@method.start: fbc}, _self_]\n"
+        "method: {optimizer: {lr: 0}, start: {min_score: -10, epochs: 2}}\n"
+    )
+    dynprune(folder, "-cd", "mine", "experiment=started", "stage=router", "name=started")
+    # With a rate of 0 the router stays what it started as.
+    trained = [m for m in manifests(folder, "router") if m["upstream"].get("start")]
+    weights = [
+        load_file(folder / "outputs/artifacts/router" / fingerprint / "router/router.safetensors")
+        for fingerprint in (trained[0]["fingerprint"], trained[0]["upstream"]["start"])
+    ]
+    assert len(trained) == 1
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_the_same_command_again_reuses_everything(tiny):
     folder, _ = tiny
     before = {path: path.stat().st_mtime_ns for path in (folder / "outputs/artifacts").rglob("*") if path.suffix != ".lock"}
@@ -177,6 +197,7 @@ def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_a
         "source": {"_target_": "dynprune.data.bfcl.load_bfcl", "categories": ["simple_python"], "max_chars": 500},
         "splits": {"adapt": 0.4, "train": 0.2, "validation": 0.1, "test": 0.3},
         "split_seed": 0,
+        "only": {"categories": None, "max_chars": None},
     }
     config = {"data": data, "paths": {"run": "run", "artifacts": "artifacts"}, "model": {"delta": None}}
     whole = Run(OmegaConf.create(config)).splits

@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from dynprune.data.splits import SPLITS, split_by_function
+from dynprune.data.splits import SPLITS, select, split_by_function
 from dynprune.data.tasks import Query
 
 SHARES = {"adapt": 0.4, "train": 0.2, "validation": 0.1, "test": 0.3}
@@ -69,3 +71,17 @@ def test_shares_that_make_no_sense_are_refused(shares):
 def test_queries_that_all_call_one_function_cannot_be_split():
     with pytest.raises(ValueError, match="got no query"):
         split_by_function([query(i, "f") for i in range(20)], SHARES, seed=0)
+
+
+def test_only_some_queries_of_each_split_are_kept_and_none_moves_to_another():
+    splits = split_by_function(chained(400), SHARES, seed=0)
+    long = replace(query(900, "g", category="a"), messages=({"role": "user", "content": "?" * 500},))
+    splits["test"].append(long)
+    kept = select(splits, ["a"], max_chars=300)
+    assert kept == {name: [q for q in members if q.category == "a" and q is not long] for name, members in splits.items()}
+    assert select(splits, None, None) == splits
+
+
+def test_a_category_that_no_query_has_is_refused():
+    with pytest.raises(ValueError, match=r"data\.only\.categories has 'c'.*allowed: null for all, or some of a, b"):
+        select(split_by_function(chained(400), SHARES, seed=0), ["a", "c"], None)

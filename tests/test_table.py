@@ -34,6 +34,7 @@ def make_row(name="router-dpo", **changes):
         "prefill_speedup": MedianInterval(0.2, 0.19, 0.21),
         "decode_speedup": None,
         "seconds": MedianInterval(2.342, 2.1, 2.6),
+        "cache_mib": MedianInterval(7.26, 7.0, 7.5),
         "timed": 50,
         "truncated": 3,
     }
@@ -135,7 +136,7 @@ def test_markdown_shows_partial_match_on_its_own_scale(tmp_path):
 
 def test_markdown_shows_times_and_comparisons(tmp_path):
     write(tmp_path)
-    times = ["20.0 [19.0, 21.0]", "–", "2.34 [2.10, 2.60]"]
+    times = ["20.0 [19.0, 21.0]", "–", "2.34 [2.10, 2.60]", "7.3 [7.0, 7.5]"]
     assert markdown_line(tmp_path, "router-dpo", "50")[2:] == times
     compared = ["AST match", "-3.0 [-8.0, 2.0]", "9 of 200", "15 of 200", "0.307", "< 0.001"]
     assert markdown_line(tmp_path, "router-dpo", "original")[2:] == compared

@@ -53,7 +53,7 @@ def load_bfcl(categories: Sequence[str] = CATEGORIES, max_chars: int | None = No
             if record["id"] not in allowed:
                 raise ValueError(f"{questions}:{line}: id {record['id']!r} has no line in {folder / 'possible_answer'}")
             query = _query(record, category, allowed[record["id"]])
-            if max_chars is None or len(json.dumps([query.messages, query.tools])) <= max_chars:
+            if max_chars is None or query.num_chars <= max_chars:
                 queries.append(query)
     return queries
 

@@ -51,7 +51,7 @@ def load_jsonl(path: str, max_chars: int | None = None) -> list[Query]:
     queries = []
     for where, record in _lines(source):
         query = parse_record(record, where)
-        if max_chars is None or len(json.dumps([query.messages, query.tools])) <= max_chars:
+        if max_chars is None or query.num_chars <= max_chars:
             queries.append(query)
     if not queries:
         raise ValueError(
@@ -84,7 +84,7 @@ def load_xlam60k(name: str, revision: str, max_chars: int | None, max_queries: i
     queries = []
     for row, record in enumerate(records):
         query = parse_record(dict(record), f"{name} row {row}")
-        if max_chars is None or len(json.dumps([query.messages, query.tools])) <= max_chars:
+        if max_chars is None or query.num_chars <= max_chars:
             queries.append(query)
         if max_queries is not None and len(queries) == max_queries:
             break

@@ -74,32 +74,42 @@ def prefers(a: Rollout, b: Rollout) -> bool:
     return (a.score, len(a.pruned_layers)) > (b.score, len(b.pruned_layers))
 
 
-def all_pairs(rollouts: Sequence[Rollout]) -> Iterator[PreferencePair]:
+def all_pairs(rollouts: Sequence[Rollout], min_winner_score: float | None = None) -> Iterator[PreferencePair]:
     """Pair each two rollouts of which one beats the other.
 
     Args:
         rollouts: All rollouts of one query.
+        min_winner_score: Leave out pairs whose winner scores less; ``None`` leaves out none.
     """
     for a, b in itertools.combinations(rollouts, 2):
-        if prefers(a, b):
-            yield _pair(a, b)
-        elif prefers(b, a):
-            yield _pair(b, a)
+        winner, loser = (a, b) if prefers(a, b) else (b, a)
+        if prefers(winner, loser) and (min_winner_score is None or winner.score >= min_winner_score):
+            yield _pair(winner, loser)
 
 
-def random_pairs(rollouts: Sequence[Rollout], count: int, rng: random.Random) -> list[PreferencePair]:
+def random_pairs(
+    rollouts: Sequence[Rollout], count: int, rng: random.Random, min_winner_score: float | None = None
+) -> list[PreferencePair]:
     """Draw some of `all_pairs`, uniformly and each at most once.
 
     Args:
         rollouts: All rollouts of one query.
         count: How many; all there are where they are fewer.
         rng: Draws them.
+        min_winner_score: As for `all_pairs`.
     """
-    pairs = list(all_pairs(rollouts))
+    pairs = list(all_pairs(rollouts, min_winner_score))
     return rng.sample(pairs, min(count, len(pairs)))
 
 
-def write_pairs(rollouts: Path, path: Path, strategy: Literal["all", "random"], count: int | None, seed: int) -> PairCounts:
+def write_pairs(
+    rollouts: Path,
+    path: Path,
+    strategy: Literal["all", "random"],
+    count: int | None,
+    seed: int,
+    min_winner_score: float | None = None,
+) -> PairCounts:
     """Turn the rollouts of each query into preference pairs, a query at a time.
 
     Args:
@@ -108,6 +118,7 @@ def write_pairs(rollouts: Path, path: Path, strategy: Literal["all", "random"], 
         strategy: ``all`` for every pair of a query, ``random`` for some.
         count: Pairs of a query for ``random``, else ``None``.
         seed: Seed of the draws; those of a query depend on it and on the query's id alone.
+        min_winner_score: As for `all_pairs`.
 
     Raises:
         ValueError: The strategy is unknown or does not go with the count, the rollouts cannot be read, or no
@@ -125,9 +136,9 @@ def write_pairs(rollouts: Path, path: Path, strategy: Literal["all", "random"], 
     with replacing(path) as temporary, _PairSink(temporary, with_header(PAIR_SCHEMA, header)) as sink:
         for group in by_query(read_rollouts(rollouts)):
             if count is None:
-                pairs = list(all_pairs(group))
+                pairs = list(all_pairs(group, min_winner_score))
             else:
-                pairs = random_pairs(group, count, random.Random(f"{seed}-{group[0].id}"))
+                pairs = random_pairs(group, count, random.Random(f"{seed}-{group[0].id}"), min_winner_score)
             sink.write(pairs)
             queries += 1
             queries_with_pairs += bool(pairs)
@@ -136,7 +147,9 @@ def write_pairs(rollouts: Path, path: Path, strategy: Literal["all", "random"], 
         if not pairs_written:
             raise ValueError(
                 f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
-                "do not differ in score or size; explore more configurations"
+                "do not differ in score or size, or the better one scores less than "
+                f"pairs.min_winner_score={min_winner_score}; "
+                "explore more configurations or queries"
             )
     return PairCounts(queries, queries_with_pairs, rollouts_read, pairs_written)
 

@@ -68,6 +68,36 @@ def split_by_function(queries: Sequence[Query], shares: Mapping[str, float], see
     return {split: [queries[index] for index in sorted(indices)] for split, indices in members.items()}
 
 
+def select(
+    splits: Mapping[str, Sequence[Query]], categories: Sequence[str] | None, max_chars: int | None
+) -> dict[str, list[Query]]:
+    """Leaves out of each split what is of another category or too long.
+
+    Args:
+        splits: The queries of each split.
+        categories: Categories to keep; ``None`` keeps all.
+        max_chars: Most characters of a query's messages and tools together; ``None`` keeps all.
+
+    Returns:
+        The queries of each split that are kept, in their order.
+
+    Raises:
+        ValueError: If no query has one of the categories.
+    """
+    known = {query.category for members in splits.values() for query in members}
+    unknown = sorted(set(categories or ()) - known)
+    if unknown:
+        raise ValueError(
+            f"data.only.categories has {unknown[0]!r}, which no query has; allowed: null for all, or some of "
+            f"{', '.join(sorted(known))}"
+        )
+
+    def kept(query: Query) -> bool:
+        return (categories is None or query.category in categories) and (max_chars is None or query.num_chars <= max_chars)
+
+    return {name: [query for query in members if kept(query)] for name, members in splits.items()}
+
+
 def _components(queries: Sequence[Query]) -> list[list[int]]:
     """Groups positions of queries that are connected through the functions they call."""
     names: dict[str, int] = {}

@@ -1,5 +1,6 @@
 """Queries: what the SLM is asked, with which tools, and which answers are right."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,3 +32,8 @@ class Query:
     def functions(self) -> frozenset[str]:
         """Names of the functions that the reference answer calls."""
         return frozenset(str(call["name"]) for call in self.answers)
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of the messages and the tools together, as JSON."""
+        return len(json.dumps([self.messages, self.tools]))

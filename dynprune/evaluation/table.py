@@ -31,7 +31,7 @@ SCORES = {
 }
 _NOT_SHARES = {"partial_match"}
 _MAIN_SCORES = ("json_match", "ast_match")
-_SPEEDUPS = ("measured_speedup", "prefill_speedup", "decode_speedup", "seconds")
+_MEASURED = ("measured_speedup", "prefill_speedup", "decode_speedup", "seconds", "cache_mib")
 _ABSENT = "–"
 
 
@@ -49,6 +49,7 @@ class TableRow:
         prefill_speedup: The same for the prompt alone.
         decode_speedup: The same for the generated tokens alone.
         seconds: Time of one query, in seconds.
+        cache_mib: Keys and values of one query at its end, in MiB; pruned layers have none.
         timed: Number of queries behind the measured figures.
         truncated: Number of outputs that the token limit cut off.
     """
@@ -62,6 +63,7 @@ class TableRow:
     prefill_speedup: MedianInterval | None = None
     decode_speedup: MedianInterval | None = None
     seconds: MedianInterval | None = None
+    cache_mib: MedianInterval | None = None
     timed: int = 0
     truncated: int = 0
 
@@ -183,7 +185,7 @@ def _csv(rows: Sequence[TableRow]) -> str:
     for row in rows:
         flat: dict[str, Any] = {}
         for key, value in _record(row).items():
-            if key in row.scores or key in _SPEEDUPS:
+            if key in row.scores or key in _MEASURED:
                 center = "mean" if key in row.scores else "median"
                 value = value or {}
                 flat |= {
@@ -247,11 +249,11 @@ def _score_table(rows: Sequence[TableRow]) -> str:
 
 
 def _time_table(rows: Sequence[TableRow]) -> str:
-    header = ["Row", "Timed queries", "Prefill speedup, %", "Decode speedup, %", "Seconds per query"]
+    header = ["Row", "Timed queries", "Prefill speedup, %", "Decode speedup, %", "Seconds per query", "Cache per query, MiB"]
     lines = []
     for row in rows:
         speedups = [_cell(row.prefill_speedup, 100), _cell(row.decode_speedup, 100)]
-        lines.append([row.name, str(row.timed), *speedups, _cell(row.seconds, 1, digits=2)])
+        lines.append([row.name, str(row.timed), *speedups, _cell(row.seconds, 1, digits=2), _cell(row.cache_mib, 1)])
     return _grid(header, lines)
 
 

@@ -72,12 +72,25 @@ class RouterTraining(lightning.LightningModule):
         self.log_dict(metrics)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """How often the policy finds the winner of a held-out pair more likely than the loser.
+    def validation_loss(self, outputs: RouterOutputs, batch: Batch) -> Tensor:
+        """The method's equation on held-out preference pairs, by which its checkpoints are chosen.
 
-        The same for every method, so that methods can be compared and checkpoints chosen.
+        Args:
+            outputs: The router's outputs for the batch.
+            batch: Preference pairs, whatever the method learns from.
+        """
+        return self.training_loss(outputs, batch)[0]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The method's loss, and how often the policy finds the winner of a pair more likely than the loser.
+
+        The second is the same for every method, so that methods can be compared. It is no guide to a checkpoint: heads
+        that were never trained prune half of the layers, and that they prefer more pruning is often right.
         """
         outputs = self.outputs(batch)
+        self.log(
+            "validation/loss", self.validation_loss(outputs, batch), batch_size=len(outputs.mu_B), sync_dist=True, prog_bar=True
+        )
         margin_B = self.policy.log_prob(outputs, batch["winner_mask_BL"]) - self.policy.log_prob(
             outputs, batch["loser_mask_BL"]
         )

@@ -25,7 +25,9 @@ def pairs(run: Run, split: str = "train") -> Artifact:
     rollouts = explore(run, split)
 
     def build(folder: Path) -> dict[str, Any]:
-        counts = write_pairs(rollouts.folder, folder / PAIRS, settings.strategy, settings.count, run.config.seed)
+        counts = write_pairs(
+            rollouts.folder, folder / PAIRS, settings.strategy, settings.count, run.config.seed, settings.min_winner_score
+        )
         return asdict(counts)
 
     return run.store.get_or_build(

@@ -36,7 +36,8 @@ def report(run: Run) -> Path:
     evaluation = evaluate(run)
     rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
     comparisons = _comparisons(evaluation, rows)
-    write_table(rows, folder, describe_machine(), versions(), plain(run.config), comparisons)
+    machine = {**describe_machine(), "dtype": run.model_identity["dtype"]}
+    write_table(rows, folder, machine, versions(), plain(run.config), comparisons)
     for name, samples in evaluation.samples.items():
         write_samples(samples, folder / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, folder / "accuracy_speedup.png")
@@ -79,6 +80,7 @@ def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
         "prefill_speedup": measured_speedup([t.route + t.prefill for t in mine], [t.route + t.prefill for t in base]),
         "decode_speedup": measured_speedup([t.decode for t in mine], [t.decode for t in base]),
         "seconds": median_interval([t.total for t in mine]),
+        "cache_mib": median_interval([t.cache_bytes / 2**20 for t in mine]),
         "timed": len(mine),
     }
 

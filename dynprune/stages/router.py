@@ -1,4 +1,4 @@
-"""The stage ``router``: trains a router by one method and keeps the checkpoint that ranks held-out pairs best."""
+"""The stage ``router``: trains a router by one method and keeps the checkpoint with the least loss on held-out pairs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,8 +28,9 @@ from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.run import Run, content_digest, plain
 
-VERSION = 1
-_MONITORED = "validation/rewards/accuracies"
+VERSION = 2
+_MONITORED = "validation/loss"
+ROUTER = "router"
 
 
 def router(run: Run, method: DictConfig | None = None) -> Artifact:
@@ -43,6 +44,7 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
     learns_from = get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
     source = pairs(run) if learns_from == "pairs" else explore(run)
     held_out = pairs(run, "validation")
+    start = router(run, method.start) if method.start is not None else None
     hardware = run.config.hardware.trainer
     config = {
         "router": plain(run.config.router),
@@ -55,14 +57,17 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
         "seed": run.config.seed,
     }
     upstream = {"source": source.fingerprint, "validation": held_out.fingerprint}
+    if start is not None:
+        upstream["start"] = start.fingerprint
 
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
-        policy, network = _policy(run), _router(run)
+        policy = _policy(run)
+        network = _router(run) if start is None else load_router(start.folder / ROUTER)[0].train()
         module: RouterTraining = instantiate(
             method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
         )
-        checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="max", save_top_k=1)
+        checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="min", save_top_k=1)
         trainer = run.trainer(
             f"router-{method.name}",
             folder,
@@ -77,8 +82,8 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
         best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
         extra = {"policy": policy.config(), "slm": run.slm.name, "method": method.name}
-        save_router(network, folder / "router", extra)
-        return {"best_epoch": int(best["epoch"]), "preference_accuracy": float(checkpoint.best_model_score or 0)}
+        save_router(network, folder / ROUTER, extra)
+        return {"best_epoch": int(best["epoch"]), "validation_loss": float(checkpoint.best_model_score or 0)}
 
     return run.store.get_or_build(
         "router", VERSION, config, {}, upstream, build, resumable=False, distributed=hardware.devices != 1
@@ -109,7 +114,7 @@ def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, ne
 
 def chooser(run: Run, artifact: Artifact) -> Callable[[Query], Sequence[int]]:
     """What chooses the layers to prune for a query: the mode of the trained router's policy."""
-    network, extra = load_router(artifact.folder / "router")
+    network, extra = load_router(artifact.folder / ROUTER)
     network.to(run.slm.device)
     policy = build_policy(extra["policy"])
 

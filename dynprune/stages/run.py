@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynprune.artifacts import Store
 from dynprune.data.prompts import render_answer, render_prompt
-from dynprune.data.splits import split_by_function
+from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
 from dynprune.slm.adaptation import trained_functions
-from dynprune.slm.loading import SLM, delta_folder
+from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -63,6 +63,7 @@ class Run:
         queries = instantiate(self.config.data.source)
         seed = self.config.data.split_seed
         splits = split_by_function(queries, plain(self.config.data.splits), seed)
+        splits = select(splits, plain(self.config.data.only.categories), self.config.data.only.max_chars)
         for members in splits.values():
             random.Random(seed).shuffle(members)
         self._leave_out_trained(splits)
@@ -99,13 +100,17 @@ class Run:
             raise ValueError(f"{limit_key}={limit} leaves no query; allowed: null for all, or at least 1")
         queries = self.splits[split][:limit]
         if not queries:
-            raise ValueError(f"the {split} split is empty; give it a share: data.splits.{split}=0.2")
+            raise ValueError(
+                f"the {split} split is empty; give it a share, for example data.splits.{split}=0.2, or more queries: "
+                "data.only.max_chars=null data.only.categories=null"
+            )
         return queries
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
-        """What identifies the SLM: its configuration and, with a delta, the delta's content."""
+        """What identifies the SLM: its configuration, the dtype it gets here and, with a delta, the delta's content."""
         identity: dict[str, Any] = plain(self.config.model)
+        identity["dtype"] = resolve_dtype(identity["dtype"], self.config.hardware.device)
         if identity.get("delta") is not None:
             identity["delta_content"] = content_digest(str(delta_folder(identity["delta"])))
         identity["content"] = content_digest(identity.get("name"))
