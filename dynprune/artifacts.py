@@ -159,16 +159,6 @@ class Store:
         with _locked(place):
             return self._find(place) or self._build(place, identity, build, resumable)
 
-    def list(self) -> Iterator[Artifact]:
-        """Yield every complete artifact, by stage and then by date.
-
-        Raises:
-            ValueError: One of them is broken.
-        """
-        places = (path.parent for path in self.root.glob(f"*/*/{MANIFEST}"))
-        artifacts = [_read(place) for place in places if place.suffix != ".partial"]
-        yield from sorted(artifacts, key=lambda artifact: (artifact.stage, artifact.manifest["created"]))
-
     def _find(self, place: Path) -> Artifact | None:
         if not place.exists():
             return None

@@ -95,7 +95,7 @@ def test_distillation_trains_every_layer_towards_its_layer_and_changes_every_par
     module = Distillation(stack, loss, partial(torch.optim.Adam, lr=1e-2))
     data = StreamData(
         HiddenStateStream(slm, sequences(40), batch_tokens=128, seed=0),
-        HiddenStateStream(slm, sequences(6), batch_tokens=128, seed=None),
+        [HiddenStateStream(slm, sequences(6), batch_tokens=128, seed=None)],
     )
     trainer = lightning.Trainer(
         max_epochs=20,

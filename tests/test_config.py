@@ -92,7 +92,10 @@ def test_every_key_has_a_comment_of_its_own_above_it(path):
         if key is None or not key[3] or key[2].startswith("_"):
             continue
         above = lines[number - 1].strip()
-        previous = re.match(r"^ *[a-z_]+: .+$", lines[number - 1])
+        if number and lines[number - 1].endswith("|"):
+            # The text of a block, not a key.
+            break
+        previous = re.match(r"^ *_[a-z_]+: .+$", lines[number - 1])
         assert above.startswith("#") or previous, f"{path}.yaml:{number + 1}: {line}"
 
 

@@ -164,6 +164,8 @@ def test_one_fixed_configuration_can_be_scored_alone_aloud_and_without_adapters(
         (["evaluation.pruned_layers=[4]"], "has layers 0 to 3, but [4]"),
         (["exploration.max_queries=0"], "exploration.max_queries=0 leaves no query"),
         (["model.architecture=nonsense"], "model.architecture='nonsense'"),
+        (["method.start=fbc"], "method.start=fbc is no method"),
+        (["data.only.categories=simple_python"], "type data.only.categories=[simple_python]"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence_and_no_traceback(tiny, arguments, sentence):
@@ -209,9 +211,15 @@ def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fbc", "dpo"])
-def test_two_processes_train_a_router_together_and_one_of_them_evaluates(tmp_path, method):
-    arguments = ["experiment=tiny", f"method={method}", "++method.min_score=-10", "method.batch_size=4", "hardware=ddp"]
-    dynprune(tmp_path, *arguments, "name=two")
-    assert len(manifests(tmp_path, "router")) == 1
+@pytest.mark.parametrize(
+    ("method", "routers"),
+    [
+        (["method=fbc", "method.min_score=-10"], 1),
+        (["method=dpo"], 1),
+        (["method=dpo", "+method@method.start=fbc", "method.start.min_score=-10", "method.start.epochs=2"], 2),
+    ],
+)
+def test_two_processes_train_a_router_together_and_one_of_them_evaluates(tmp_path, method, routers):
+    dynprune(tmp_path, "experiment=tiny", *method, "method.batch_size=4", "hardware=ddp", "name=two")
+    assert len(manifests(tmp_path, "router")) == routers
     assert (tmp_path / "outputs/two/report/table.json").exists()

@@ -93,7 +93,6 @@ def test_the_heads_are_the_thesis_formulas() -> None:
     ratio = linear("ratio_hidden", embedding).clamp(min=0)
     outputs = router(embedding)
     torch.testing.assert_close(outputs.layer_logits_BL, linear("layers_score", hidden))
-    torch.testing.assert_close(outputs.scores_BL, 1 / (1 + torch.exp(-linear("layers_score", hidden))))
     torch.testing.assert_close(outputs.mu_B, 1 / (1 + torch.exp(-linear("ratio_mu", ratio)[:, 0])))
     tanh = linear("ratio_log_std", ratio)[:, 0].tanh()
     torch.testing.assert_close(outputs.log_sigma_B, -7 + 0.5 * 4 * (tanh + 1))

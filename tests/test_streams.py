@@ -325,7 +325,7 @@ def test_an_empty_stream_says_what_to_change(pairs_file):
     with pytest.raises(ValueError, match=r"pairs\.parquet has two configurations .*router\.k_max"):
         PairStream(pairs_file, allows_none, seed=0)
     keep_none = partial(keep_successful, min_score=2.0, min_share_of_deepest=0.5)
-    with pytest.raises(ValueError, match=r"no rollout in .*method\.min_score.*exploration\.max_queries"):
+    with pytest.raises(ValueError, match=r"no rollout in .*the method's min_score.*exploration\.max_queries"):
         RolloutStream(pairs_file.parent / "rollouts", allows_all, keep_none, seed=0)
 
 

@@ -1,6 +1,6 @@
 """The DataModule that all training shares: it streams hidden states to adapters, rollouts and preference pairs to routers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -17,7 +17,7 @@ class StreamData(lightning.LightningDataModule):
     def __init__(
         self,
         training: IterableDataset[Any],
-        validation: IterableDataset[Any],
+        validation: Sequence[IterableDataset[Any]],
         batch_size: int | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
@@ -25,7 +25,7 @@ class StreamData(lightning.LightningDataModule):
 
         Args:
             training: The stream to train on.
-            validation: The stream to validate on.
+            validation: The streams to validate on.
             batch_size: Items in a batch; ``None`` where the stream yields batches.
             collate: Makes a batch of items.
         """
@@ -42,6 +42,6 @@ class StreamData(lightning.LightningDataModule):
             set_epoch(self.trainer.current_epoch)
         return DataLoader(self._training, batch_size=self._batch_size, collate_fn=self._collate)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation stream."""
-        return DataLoader(self._validation, batch_size=self._batch_size, collate_fn=self._collate)
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """The validation streams."""
+        return [DataLoader(stream, batch_size=self._batch_size, collate_fn=self._collate) for stream in self._validation]

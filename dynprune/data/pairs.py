@@ -145,11 +145,10 @@ def write_pairs(
             rollouts_read += len(group)
             pairs_written += len(pairs)
         if not pairs_written:
+            too_low = "" if min_winner_score is None else f", or score less than pairs.min_winner_score={min_winner_score}"
             raise ValueError(
                 f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
-                "do not differ in score or size, or the better one scores less than "
-                f"pairs.min_winner_score={min_winner_score}; "
-                "explore more configurations or queries"
+                f"do not differ in score or size{too_low}; explore more configurations or queries"
             )
     return PairCounts(queries, queries_with_pairs, rollouts_read, pairs_written)
 

@@ -26,7 +26,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, query: Query) -> str:
         query: The query with its tools.
 
     Returns:
-        The prompt, special tokens included; encode it with ``add_special_tokens=False``.
+        The prompt, special tokens included.
     """
     template = tokenizer.chat_template
     schemas = [to_json_schema(tool) for tool in query.tools]
@@ -50,6 +50,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, query: Query) -> str:
 def render_answer(query: Query) -> str:
     """Renders the reference answer as the SLM should say it: a JSON list of calls."""
     return json.dumps(list(query.answers), ensure_ascii=False)
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, query: Query) -> tuple[int, ...]:
+    """The rendered prompt as tokens."""
+    return _tokens(tokenizer, render_prompt(tokenizer, query))
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, query: Query) -> tuple[int, ...]:
+    """The rendered reference answer as tokens, without a stop token."""
+    return _tokens(tokenizer, render_answer(query))
 
 
 def render_router_input(query: Query) -> str:
@@ -83,3 +93,8 @@ def _schema(node: dict[str, Any]) -> dict[str, Any]:
     if isinstance(schema.get("items"), dict):
         schema["items"] = _schema(schema["items"])
     return schema
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    # Rendered text holds the special tokens already.
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)

@@ -82,8 +82,10 @@ def select(
         The queries of each split that are kept, in their order.
 
     Raises:
-        ValueError: If no query has one of the categories.
+        ValueError: If the categories are no list, or no query has one of them.
     """
+    if isinstance(categories, str):
+        raise ValueError(f"data.only.categories={categories} is no list; type data.only.categories=[{categories}]")
     known = {query.category for members in splits.values() for query in members}
     unknown = sorted(set(categories or ()) - known)
     if unknown:

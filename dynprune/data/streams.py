@@ -200,7 +200,8 @@ class RolloutStream(_Stream):
         if not any(sizes):
             raise ValueError(
                 f"no rollout in {folder} passes the filter and is allowed by the policy; lower "
-                f"method.min_score, or explore more queries (exploration.max_queries), or {_WIDEN}"
+                "the method's min_score (or that of method.start, where it starts from another method), or explore more "
+                f"queries (exploration.max_queries), or {_WIDEN}"
             )
         super().__init__(sizes, shuffle_buffer, seed)
 

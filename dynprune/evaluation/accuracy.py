@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dynprune.data.prompts import render_prompt
+from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.metrics.scores import SCORES
 from dynprune.slm.generation import Continuation, Request, generate_all
@@ -57,7 +57,7 @@ def run_queries(
     """
     requests = [
         Request(
-            prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
+            prompt=prompt_tokens(slm.tokenizer, query),
             pruned_layers=tuple(sorted(configuration)),
             max_new_tokens=max_new_tokens,
             draft=drafts.get(query.id),

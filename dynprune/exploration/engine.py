@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from dynprune.data.prompts import render_answer, render_prompt
+from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.rollouts import Rollout
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Configuration, Proposals, Strategy
@@ -97,15 +97,15 @@ def explore(
 def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float, seed: int) -> _Search:
     # The builtin hash of a string differs from process to process; Random seeds from the text itself.
     proposals = strategy.propose(slm.num_layers, random.Random(f"{seed}-{query.id}"))
-    reference = slm.tokenizer(render_answer(query), add_special_tokens=False).input_ids
+    reference = answer_tokens(slm.tokenizer, query)
     return _Search(
         query=query,
-        prompt=tuple(slm.tokenizer(render_prompt(slm.tokenizer, query), add_special_tokens=False).input_ids),
+        prompt=prompt_tokens(slm.tokenizer, query),
         # The stop token, too.
         max_new_tokens=math.ceil(max_tokens_margin * (len(reference) + 1)),
         proposals=proposals,
         # Never seen, so whatever has been seen comes first.
-        drafts=Counter({Continuation(tuple(reference), truncated=False): 0}),
+        drafts=Counter({Continuation(reference, truncated=False): 0}),
         pending=next(proposals),
     )
 

@@ -72,37 +72,28 @@ class RouterTraining(lightning.LightningModule):
         self.log_dict(metrics)
         return loss
 
-    def validation_loss(self, outputs: RouterOutputs, batch: Batch) -> Tensor:
-        """The method's equation on held-out preference pairs, by which its checkpoints are chosen.
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The method's loss on held-out data of its own kind, and on pairs how often the winner is the likelier one.
 
-        Args:
-            outputs: The router's outputs for the batch.
-            batch: Preference pairs, whatever the method learns from.
-        """
-        return self.training_loss(outputs, batch)[0]
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The method's loss, and how often the policy finds the winner of a pair more likely than the loser.
-
-        The second is the same for every method, so that methods can be compared. It is no guide to a checkpoint: heads
-        that were never trained prune half of the layers, and that they prefer more pruning is often right.
+        Checkpoints are chosen by the loss. The other figure is the same for every method, so that methods can be compared,
+        but it is no guide: heads that were never trained prune half of the layers, and more pruning often wins a pair.
         """
         outputs = self.outputs(batch)
-        self.log(
-            "validation/loss", self.validation_loss(outputs, batch), batch_size=len(outputs.mu_B), sync_dist=True, prog_bar=True
-        )
-        margin_B = self.policy.log_prob(outputs, batch["winner_mask_BL"]) - self.policy.log_prob(
-            outputs, batch["loser_mask_BL"]
-        )
-        # Two impossible configurations give inf - inf: the policy does not tell them apart.
-        preferred_B = margin_B.nan_to_num(nan=0.0) > 0
-        self.log(
-            "validation/rewards/accuracies",
-            preferred_B.float().mean(),
-            prog_bar=True,
-            batch_size=len(preferred_B),
-            sync_dist=True,
-        )
+        if ("mask_BL" in batch) == (self.learns_from == "rollouts"):
+            loss, _ = self.training_loss(outputs, batch)
+            self._log_validation("loss", loss, batch)
+        if "winner_mask_BL" in batch:
+            margin_B = self.policy.log_prob(outputs, batch["winner_mask_BL"]) - self.policy.log_prob(
+                outputs, batch["loser_mask_BL"]
+            )
+            # Two impossible configurations give inf - inf: the policy does not tell them apart.
+            preferred_B = margin_B.nan_to_num(nan=0.0) > 0
+            self._log_validation("rewards/accuracies", preferred_B.float().mean(), batch)
+
+    def _log_validation(self, name: str, value: Tensor, batch: Batch) -> None:
+        size = len(batch["mask_BL"] if "mask_BL" in batch else batch["winner_mask_BL"])
+        # The loaders of rollouts and of pairs log under different names already.
+        self.log(f"validation/{name}", value, prog_bar=True, batch_size=size, sync_dist=True, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser of the config, over what is trained."""

@@ -63,7 +63,3 @@ class FilteredBehaviouralCloning(RouterTraining):
         )
         metrics = {"ratio_loss": terms.ratio_loss_B.mean(), "layer_loss": terms.layer_loss_B.mean()}
         return terms.loss_B.mean(), metrics
-
-    def validation_loss(self, outputs: RouterOutputs, batch: Batch) -> Tensor:
-        """Mean of `fbc_loss` over the winners of held-out pairs."""
-        return self.training_loss(outputs, {"mask_BL": batch["winner_mask_BL"]})[0]

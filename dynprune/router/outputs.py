@@ -21,8 +21,3 @@ class RouterOutputs:
     layer_logits_BL: Tensor
     mu_B: Tensor
     log_sigma_B: Tensor
-
-    @property
-    def scores_BL(self) -> Tensor:
-        """Layer scores in (0, 1)."""
-        return self.layer_logits_BL.sigmoid()

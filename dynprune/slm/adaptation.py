@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dynprune.atomic import replacing
-from dynprune.data.prompts import render_answer, render_prompt
+from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.slm.loading import SLM
 
@@ -129,9 +129,8 @@ def _composed(query: Query, others: Sequence[Query], rng: random.Random) -> Quer
 
 
 def _tokenised(query: Query, tokenizer: PreTrainedTokenizerBase) -> TokenisedAnswer:
-    prompt = tokenizer(render_prompt(tokenizer, query), add_special_tokens=False).input_ids
-    answer = [*tokenizer(render_answer(query), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    return TokenisedAnswer(prompt + answer, len(answer))
+    prompt, answer = prompt_tokens(tokenizer, query), (*answer_tokens(tokenizer, query), tokenizer.eos_token_id)
+    return TokenisedAnswer([*prompt, *answer], len(answer))
 
 
 def collate_answers(samples: Sequence[TokenisedAnswer], pad_id: int) -> dict[str, Tensor]:

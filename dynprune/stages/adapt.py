@@ -114,7 +114,8 @@ library_name: peft
 Made by `dynprune stage=adapt`. It answers a query and its tools with a JSON list of calls. Training and test queries share no
 called function; `functions.json` lists those that were trained on.
 {warning}
-- Data: {json.dumps(source)}
+- Data: {json.dumps(source)}, of that {json.dumps(plain(run.config.data.only))}
+- Number format: {run.model_identity["dtype"]} for products, float32 for what is trained
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
   trained on the adapt split only, {counts["training_samples"]} samples over all epochs
 - Recipe: {json.dumps(plain(run.config.adapt))}

@@ -55,7 +55,7 @@ def adapters(run: Run) -> Artifact | None:
             )
         data = StreamData(
             HiddenStateStream(run.slm, training, settings.batch_tokens, run.config.seed),
-            HiddenStateStream(run.slm, validation, settings.batch_tokens, None),
+            [HiddenStateStream(run.slm, validation, settings.batch_tokens, None)],
         )
         stack = (
             load_adapters(Path(settings.folder))
@@ -104,7 +104,7 @@ def _correct_sequences(run: Run, queries: Sequence[Query], folder: Path) -> list
     requests = []
     for query in queries:
         prompt, reference = run.tokens(query)
-        requests.append(Request(tuple(prompt), (), limit, Continuation(tuple(reference), truncated=False)))
+        requests.append(Request(prompt, (), limit, Continuation(reference, truncated=False)))
     right: dict[int, tuple[int, ...]] = {}
     with LayerPruner(run.slm) as pruner:
         answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)

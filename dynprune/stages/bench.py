@@ -66,7 +66,7 @@ def bench(run: Run) -> Path:
     lines = [measure(run) for measure in track(measures, "benchmarks", len(measures))]
     document = {
         "lines": [asdict(line) for line in lines],
-        "machine": describe_machine(),
+        "machine": {**describe_machine(), "dtype": run.model_identity["dtype"]},
         "versions": versions(),
         "commit": _commit(),
     }
@@ -91,8 +91,8 @@ def _explore(run: Run) -> Line:
         made = []
         for query in queries:
             prompt, reference = run.tokens(query)
-            draft = Continuation(tuple(reference), truncated=False) if drafted else None
-            made += [Request(tuple(prompt), tuple(sorted(c)), limit, draft) for c in configurations]
+            draft = Continuation(reference, truncated=False) if drafted else None
+            made += [Request(prompt, tuple(sorted(c)), limit, draft) for c in configurations]
         return made
 
     limit = run.max_new_tokens(queries)

@@ -157,7 +157,7 @@ def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, 
     def build(folder: Path) -> dict[str, Any]:
         configurations = [tuple(row.choose(query)) for query in queries]
         # The first row has no outputs to draft from but the reference answers, which it often repeats.
-        references = {query.id: Continuation(tuple(run.tokens(query)[1]), truncated=False) for query in queries}
+        references = {query.id: Continuation(run.tokens(query)[1], truncated=False) for query in queries}
         limit = run.max_new_tokens(queries)
         samples = []
         with pruner_of(run, adapters_artifact) as pruner:

@@ -1,4 +1,4 @@
-"""The stage ``router``: trains a router by one method and keeps the checkpoint with the least loss on held-out pairs."""
+"""The stage ``router``: trains a router by one method and keeps the checkpoint with the least loss on held-out data."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -44,7 +44,7 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
     learns_from = get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
     source = pairs(run) if learns_from == "pairs" else explore(run)
     held_out = pairs(run, "validation")
-    start = router(run, method.start) if method.start is not None else None
+    start = _start(run, method)
     hardware = run.config.hardware.trainer
     config = {
         "router": plain(run.config.router),
@@ -90,13 +90,28 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
     )
 
 
+def _start(run: Run, method: DictConfig) -> Artifact | None:
+    """The trained router that the method starts from, if it wants one."""
+    start = method.get("start")
+    if start is None:
+        return None
+    if not isinstance(start, DictConfig) or "module" not in start:
+        raise ValueError(
+            f"method.start={start} is no method; allowed: null, or an option of the group method: type "
+            "+method@method.start=fbc (method@method.start=fbc where the method starts from one already)"
+        )
+    return router(run, start)
+
+
 def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, network: Router, policy: Policy) -> StreamData:
-    """What the method learns from, and the held-out pairs that every method is validated on."""
+    """What the method learns from, and what it is validated on: held-out data of its own kind, and pairs in any case."""
+    validation: list[PairStream | RolloutStream] = [PairStream(held_out.folder / PAIRS, policy.allows, None)]
     if source.stage == "pairs":
         training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, run.config.seed)
     else:
         keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
         training = RolloutStream(source.folder, policy.allows, keep, run.config.seed)
+        validation.append(RolloutStream(explore(run, "validation").folder, policy.allows, keep, None))
     explored = {split: completed_ids(explore(run, split).folder) for split in ("train", "validation")}
     texts = {
         query.id: render_router_input(query)
@@ -106,7 +121,7 @@ def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, ne
     }
     return StreamData(
         training,
-        PairStream(held_out.folder / PAIRS, policy.allows, None),
+        validation,
         batch_size=method.batch_size,
         collate=_collate(RouterInputs(network, texts)),
     )

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from dynprune.artifacts import Store
-from dynprune.data.prompts import render_answer, render_prompt
+from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
 from dynprune.slm.adaptation import trained_functions
@@ -101,8 +101,8 @@ class Run:
         queries = self.splits[split][:limit]
         if not queries:
             raise ValueError(
-                f"the {split} split is empty; give it a share, for example data.splits.{split}=0.2, or more queries: "
-                "data.only.max_chars=null data.only.categories=null"
+                f"the {split} split is empty; give it a share, for example data.splits.{split}=0.2, or more of its queries: "
+                "data.only.max_chars and data.only.categories leave some out, as does a delta that was trained on them"
             )
         return queries
 
@@ -118,15 +118,12 @@ class Run:
 
     def max_new_tokens(self, queries: Sequence[Query]) -> int:
         """A token limit for answers to some queries, by the longest reference answer."""
-        encode = self.slm.tokenizer
-        longest = max(len(encode(render_answer(q), add_special_tokens=False).input_ids) for q in queries)
+        longest = max(len(answer_tokens(self.slm.tokenizer, query)) for query in queries)
         return round(float(self.config.evaluation.max_tokens_margin) * (longest + 1))
 
-    def tokens(self, query: Query) -> tuple[list[int], list[int]]:
+    def tokens(self, query: Query) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A query's prompt and reference answer as the SLM's tokens, the answer without a stop token."""
-        encode = self.slm.tokenizer
-        prompt = encode(render_prompt(encode, query), add_special_tokens=False).input_ids
-        return prompt, encode(render_answer(query), add_special_tokens=False).input_ids
+        return prompt_tokens(self.slm.tokenizer, query), answer_tokens(self.slm.tokenizer, query)
 
     def trainer(self, name: str, folder: Path, callbacks: Sequence[Callback], **changes: Any) -> lightning.Trainer:
         """Lightning's trainer of the hardware's configuration, on one device unless the stage says otherwise.
