@@ -79,3 +79,14 @@ def _save_tiny_model(folder: Path) -> None:
     slm = load_tiny("llama", num_layers=4, hidden_size=32, seed=0)
     slm.model.save_pretrained(folder)
     slm.tokenizer.save_pretrained(folder)
+
+
+def test_the_quickstart_table_is_the_one_that_was_measured():
+    measured = (ROOT / "experiments/quickstart/table.md").read_text(encoding="utf-8")
+    main_table = re.search(r"(?:^\|.*\n)+", measured, re.MULTILINE)
+    shown = README.split("<!-- quickstart -->")[1].split("<!-- /quickstart -->")[0]
+    assert main_table is not None
+    assert main_table[0] in shown
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", shown)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)

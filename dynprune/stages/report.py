@@ -37,7 +37,10 @@ def report(run: Run) -> Path:
     rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
     comparisons = _comparisons(evaluation, rows)
     machine = {**describe_machine(), "dtype": run.model_identity["dtype"]}
-    write_table(rows, folder, machine, versions(), plain(run.config), comparisons)
+    config = plain(run.config)
+    # Tables are shown to others, whom the machine's folders do not concern.
+    config["paths"]["run"] = os.path.relpath(run.folder)
+    write_table(rows, folder, machine, versions(), config, comparisons)
     for name, samples in evaluation.samples.items():
         write_samples(samples, folder / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, folder / "accuracy_speedup.png")
