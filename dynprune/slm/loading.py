@@ -169,6 +169,7 @@ def load_tiny(
     hidden_size: int,
     seed: int,
     dtype: str = "float32",
+    delta: str | None = None,
     device: str = "cpu",
 ) -> SLM:
     """Builds a tiny random model with a byte tokenizer, for tests and dry runs.
@@ -179,6 +180,7 @@ def load_tiny(
         hidden_size: d; a multiple of 4.
         seed: Seed of the weights.
         dtype: As for `load_hf`.
+        delta: As for `load_hf`.
         device: Torch device.
 
     Raises:
@@ -207,7 +209,7 @@ def load_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _prepare(model, tokenizer, f"tiny-{architecture}-{num_layers}x{hidden_size}", dtype, None, device)
+    return _prepare(model, tokenizer, f"tiny-{architecture}-{num_layers}x{hidden_size}", dtype, delta, device)
 
 
 def delta_folder(delta: str) -> Path:
