@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,15 +21,19 @@ from rich.table import Table
 from dynprune.adapters.stack import AdapterStack
 from dynprune.atomic import replacing
 from dynprune.data.hidden_states import HiddenStateStream
+from dynprune.data.prompts import render_router_input
 from dynprune.data.tasks import Query
 from dynprune.evaluation.latency import time_rows
 from dynprune.evaluation.machine import describe_machine, versions
+from dynprune.methods.dpo import DirectPreferenceOptimization
+from dynprune.router.inputs import RouterInputs
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import ConditionalBernoulliPolicy, SinkhornPolicy
 from dynprune.slm.cache import ReservingCache
 from dynprune.slm.generation import Continuation, Request, generate_all
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
+from dynprune.stages.router import new_policy, new_router
 from dynprune.stages.run import Run
 
 log = logging.getLogger(__name__)
@@ -62,7 +67,15 @@ def bench(run: Run) -> Path:
     Returns:
         The file.
     """
-    measures: Sequence[Callable[[Run], Line]] = (_explore, _prune_overhead, _distill, _log_prob)
+    measures: Sequence[Callable[[Run], Line]] = (
+        _explore,
+        _explore_batched,
+        _prune_overhead,
+        _prune_overhead_b8,
+        _distill,
+        _log_prob,
+        _router_step,
+    )
     lines = [measure(run) for measure in track(measures, "benchmarks", len(measures))]
     document = {
         "lines": [asdict(line) for line in lines],
@@ -83,31 +96,48 @@ def bench(run: Run) -> Path:
 
 def _explore(run: Run) -> Line:
     """Configurations verified in batches, against one at a time generated token by token."""
-    queries = run.queries("train", 4, "bench")
-    stack = _stack(run)
-    configurations = [(i, (i + 7) % run.slm.num_layers) for i in range(8)]
+    return _exploration(run, "explore", ">= 8", num_queries=4, num_configurations=8, against_batch=1)
+
+
+def _explore_batched(run: Run) -> Line:
+    """Configurations verified in batches, against one configuration at a time for batches of 16 queries."""
+    return _exploration(run, "explore_batched", ">= 4", num_queries=16, num_configurations=4, against_batch=16)
+
+
+def _exploration(run: Run, name: str, target: str, num_queries: int, num_configurations: int, against_batch: int) -> Line:
+    chosen = run.queries("train", num_queries, "bench")
+    stack, limit = _stack(run), run.max_new_tokens(chosen)
+    configurations = [tuple(sorted((i, (i + 7) % run.slm.num_layers))) for i in range(num_configurations)]
+    # In the order of the rival, which takes one configuration after the other.
+    rows = [(configuration, query) for configuration in configurations for query in chosen]
 
     def requests(drafted: bool) -> list[Request]:
         made = []
-        for query in queries:
+        for configuration, query in rows:
             prompt, reference = run.tokens(query)
             draft = Continuation(reference, truncated=False) if drafted else None
-            made += [Request(prompt, tuple(sorted(c)), limit, draft) for c in configurations]
+            made.append(Request(prompt, configuration, limit, draft))
         return made
 
-    limit = run.max_new_tokens(queries)
+    def verified() -> list[tuple[int, ...]]:
+        return _outputs(run, stack, requests(drafted=True), run.config.hardware.batch_size)
 
-    def explore(drafted: bool, batch_size: int) -> Callable[[], object]:
-        def generate() -> object:
-            with LayerPruner(run.slm, stack) as pruner:
-                return list(generate_all(run.slm, pruner, requests(drafted), batch_size))
+    def rival() -> list[tuple[int, ...]]:
+        plain = requests(drafted=False)
+        batches = [plain[start : start + len(chosen)] for start in range(0, len(plain), len(chosen))]
+        return [output for batch in batches for output in _outputs(run, stack, batch, against_batch)]
 
-        return generate
+    differ = sum(a != b for a, b in zip(verified(), rival(), strict=True))
+    if differ:
+        log.warning("%s: %d of %d outputs differ, by near-ties of the two likeliest tokens", name, differ, len(rows))
+    this, against = _in_turns(verified, rival, 1, warm=True)
+    return Line(name, against / this, target, len(rows) / this, len(rows) / against, "rollouts/s")
 
-    batch = run.config.hardware.batch_size
-    this, against = _in_turns(explore(drafted=True, batch_size=batch), explore(drafted=False, batch_size=1), 1)
-    count = len(queries) * len(configurations)
-    return Line("explore", against / this, ">= 8", count / this, count / against, "rollouts/s")
+
+def _outputs(run: Run, stack: AdapterStack, requests: Sequence[Request], batch_size: int) -> list[tuple[int, ...]]:
+    with LayerPruner(run.slm, stack) as pruner:
+        by_position = dict(generate_all(run.slm, pruner, requests, batch_size))
+    return [by_position[position].token_ids for position in range(len(requests))]
 
 
 def _prune_overhead(run: Run) -> Line:
@@ -145,6 +175,21 @@ def _prune_overhead(run: Run) -> Line:
     this = 1 - statistics.median(pruned) / statistics.median(full)
     against = 1 - statistics.median(physical) / statistics.median(full)
     return Line("prune_overhead", this / against, ">= 0.85", this, against, "share of time saved")
+
+
+def _prune_overhead_b8(run: Run) -> Line:
+    """Batches of 8 in which each row has its own configuration, against one configuration for all of them."""
+    queries = run.queries("train", 8, "bench")
+    prompts = [run.tokens(query)[0] for query in queries]
+    stack, num_layers = _stack(run), run.slm.num_layers
+    own = [tuple(sorted((layer + row) % num_layers for layer in _PRUNED)) for row in range(len(prompts))]
+
+    def generated(configurations: Sequence[tuple[int, ...]]) -> Callable[[], object]:
+        requests = [Request(prompt, c, 24) for prompt, c in zip(prompts, configurations, strict=True)]
+        return lambda: _outputs(run, stack, requests, len(requests))
+
+    this, against = _in_turns(generated(own), generated([_PRUNED] * len(prompts)), 3)
+    return Line("prune_overhead_b8", against / this, ">= 0.7", 1 / this, 1 / against, "batches/s")
 
 
 def _distill(run: Run) -> Line:
@@ -198,10 +243,45 @@ def _log_prob(run: Run) -> Line:
     return Line("log_prob", this / against, ">= 50", this, against, "rows/s")
 
 
-def _in_turns(this: Callable[[], object], against: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median seconds of both sides, after one run of each that does not count."""
-    this()
-    against()
+def _router_step(run: Run) -> Line:
+    """Steps of DPO on embeddings that were computed once, against the encoder run for each pair."""
+    queries = run.queries("train", 8, "bench")
+    network, policy = new_router(run), new_policy(run)
+    method = DirectPreferenceOptimization(network, policy, partial(torch.optim.AdamW, lr=1e-3), 0.1, "frozen")
+    optimizer = method.configure_optimizers()
+    texts = {query.id: render_router_input(query) for query in queries}
+    ids = [query.id for query in queries] * 4
+    winner_BL = torch.zeros(len(ids), run.slm.num_layers, dtype=torch.bool)
+    winner_BL[:, list(_PRUNED)] = True
+    masks = {"winner_mask_BL": winner_BL, "loser_mask_BL": winner_BL.roll(1, dims=1)}
+    cached = RouterInputs(network, texts)
+
+    def step(inputs: Callable[[], object]) -> Callable[[], None]:
+        def train() -> None:
+            batch = {"inputs": inputs(), **masks}
+            loss, _ = method.training_loss(method.outputs(batch), batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return train
+
+    def encoded() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {"embedding_BE": network.encode(network.encoder.tokenize([texts[name] for name in ids]))}
+
+    this, against = _in_turns(step(lambda: cached(ids)), step(encoded), 5)
+    this, against = len(ids) / this, len(ids) / against
+    return Line("router_step", this / against, ">= 10", this, against, "pairs/s")
+
+
+def _in_turns(
+    this: Callable[[], object], against: Callable[[], object], rounds: int, warm: bool = False
+) -> tuple[float, float]:
+    """Median seconds of both sides, after one run of each that does not count, unless both have run already."""
+    if not warm:
+        this()
+        against()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for side, taken in zip((this, against), seconds, strict=True):

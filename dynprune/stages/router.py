@@ -62,8 +62,8 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
-        policy = _policy(run)
-        network = _router(run) if start is None else load_router(start.folder / ROUTER)[0].train()
+        policy = new_policy(run)
+        network = new_router(run) if start is None else load_router(start.folder / ROUTER)[0].train()
         module: RouterTraining = instantiate(
             method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
         )
@@ -143,7 +143,8 @@ def chooser(run: Run, artifact: Artifact) -> Callable[[Query], Sequence[int]]:
     return choose
 
 
-def _router(run: Run) -> Router:
+def new_router(run: Run) -> Router:
+    """A router of the run's configuration with random heads."""
     settings = run.config.router
     return Router(
         TextEncoder(**plain(settings.encoder)),
@@ -154,7 +155,8 @@ def _router(run: Run) -> Router:
     )
 
 
-def _policy(run: Run) -> Policy:
+def new_policy(run: Run) -> Policy:
+    """The policy of the run's configuration."""
     settings = run.config.router
     own = plain(settings.sinkhorn) if settings.policy == "sinkhorn" else {}
     return build_policy(
