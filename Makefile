@@ -44,7 +44,7 @@ types: $(INSTALLED)  ## Check types
 	$(BIN)/mypy dynprune
 
 bench: $(INSTALLED)  ## Measure the time and the memory of the hot paths on this machine
-	$(BIN)/dynprune stage=bench
+	$(BIN)/dynprune experiment=bench
 
 lock:  ## Write constraints.txt anew, with the newest releases that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

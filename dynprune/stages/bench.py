@@ -76,7 +76,10 @@ def bench(run: Run) -> Path:
         _log_prob,
         _router_step,
     )
-    lines = [measure(run) for measure in track(measures, "benchmarks", len(measures))]
+    lines = []
+    for line in track((measure(run) for measure in measures), "benchmarks", len(measures)):
+        log.info("%s: %.4g against %.4g %s, a ratio of %.2f", line.name, line.this, line.against, line.unit, line.ratio)
+        lines.append(line)
     document = {
         "lines": [asdict(line) for line in lines],
         "machine": {**describe_machine(), "dtype": run.model_identity["dtype"]},
@@ -96,12 +99,12 @@ def bench(run: Run) -> Path:
 
 def _explore(run: Run) -> Line:
     """Configurations verified in batches, against one at a time generated token by token."""
-    return _exploration(run, "explore", ">= 8", num_queries=4, num_configurations=8, against_batch=1)
+    return _exploration(run, "explore", ">= 8", num_queries=3, num_configurations=4, against_batch=1)
 
 
 def _explore_batched(run: Run) -> Line:
     """Configurations verified in batches, against one configuration at a time for batches of 16 queries."""
-    return _exploration(run, "explore_batched", ">= 4", num_queries=16, num_configurations=4, against_batch=16)
+    return _exploration(run, "explore_batched", ">= 4", num_queries=16, num_configurations=3, against_batch=16)
 
 
 def _exploration(run: Run, name: str, target: str, num_queries: int, num_configurations: int, against_batch: int) -> Line:
