@@ -201,7 +201,7 @@ class RolloutStream(_Stream):
             raise ValueError(
                 f"no rollout in {folder} passes the filter and is allowed by the policy; lower "
                 "the method's min_score (or that of method.start, where it starts from another method), or explore more "
-                f"queries (exploration.max_queries), or {_WIDEN}"
+                f"queries (exploration.max_queries, for validation exploration.max_validation_queries), or {_WIDEN}"
             )
         super().__init__(sizes, shuffle_buffer, seed)
 

@@ -81,17 +81,16 @@ class RouterTraining(lightning.LightningModule):
         outputs = self.outputs(batch)
         if ("mask_BL" in batch) == (self.learns_from == "rollouts"):
             loss, _ = self.training_loss(outputs, batch)
-            self._log_validation("loss", loss, batch)
+            self._log_validation("loss", loss, len(outputs.mu_B))
         if "winner_mask_BL" in batch:
             margin_B = self.policy.log_prob(outputs, batch["winner_mask_BL"]) - self.policy.log_prob(
                 outputs, batch["loser_mask_BL"]
             )
             # Two impossible configurations give inf - inf: the policy does not tell them apart.
             preferred_B = margin_B.nan_to_num(nan=0.0) > 0
-            self._log_validation("rewards/accuracies", preferred_B.float().mean(), batch)
+            self._log_validation("rewards/accuracies", preferred_B.float().mean(), len(preferred_B))
 
-    def _log_validation(self, name: str, value: Tensor, batch: Batch) -> None:
-        size = len(batch["mask_BL"] if "mask_BL" in batch else batch["winner_mask_BL"])
+    def _log_validation(self, name: str, value: Tensor, size: int) -> None:
         # The loaders of rollouts and of pairs log under different names already.
         self.log(f"validation/{name}", value, prog_bar=True, batch_size=size, sync_dist=True, add_dataloader_idx=False)
 

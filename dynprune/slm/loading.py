@@ -83,7 +83,8 @@ class SLM:
 def resolve_dtype(dtype: str, device: str) -> str:
     """The dtype that ``auto`` stands for on this machine.
 
-    Without instructions of its own for bfloat16, a CPU takes four times as long for a long prompt as in float32.
+    A CPU without instructions of its own for bfloat16 is slower in it: on an AMD EPYC with AVX2, products of 1,024 rows with a
+    576 by 1536 matrix, as the embedded SLM has, took four times as long as in float32.
 
     Args:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
