@@ -89,7 +89,8 @@ def _quieten_lightning() -> None:
         r"Your `IterableDataset` has `__len__` defined",
         # The streams are cheaper than a worker process.
         r"The '\w+' does not have many workers",
-        # Lightning's own use of torch.
+        # Other libraries' own use of transformers and torch.
+        r"`is_gradient_checkpointing` is deprecated",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)

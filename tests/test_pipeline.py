@@ -56,6 +56,7 @@ def test_one_command_makes_the_table_and_the_pictures(tiny):
     assert router["nominal_speedup"] == pytest.approx((router["mean_pruned_layers"] - 1) / 4)
     assert {"machine", "versions", "config"} <= set(table)
     assert table["config"]["paths"]["run"] == "outputs/first"
+    assert str(folder) not in json.dumps(table)
     for name in ("accuracy_speedup.png", "layer_error.png", "layers_pruned.png"):
         assert (report / name).read_bytes().startswith(b"\x89PNG")
         assert name in said

@@ -6,7 +6,7 @@ The shipped delta ``smollm2_135m_fc`` was made by this module through ``dynprune
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dynprune.atomic import replacing
+from dynprune.data.augmentation import join, stated_values, swap_values, vary_tools
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.slm.loading import SLM
@@ -31,8 +32,6 @@ from dynprune.slm.loading import SLM
 IGNORED = -100
 _FUNCTIONS = "functions.json"
 _WIDTH_STEP = 64
-_MOST_TOOLS = 4
-_MOST_CALLS = 4
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,19 @@ class TokenisedAnswer:
 
 
 class AnswerData(lightning.LightningDataModule):
-    """Queries with their reference answers, some of them composed of two.
+    """Queries with their reference answers, varied anew in each epoch (`dynprune.data.augmentation`).
 
-    With some probability a query gets another one's tools beside its own, and half of the time it is joined with it
-    into a query that asks for both: their words and their calls one after the other. Few queries of the benchmark
-    need several calls or a choice between tools, and a small SLM does not learn either from these alone. Each epoch
-    has compositions of its own, drawn from the seed and the epoch's number, so that a training that goes on after a
-    kill sees what it would have seen.
+    With some probability a query states other values, or gets another one's tools beside its own, or is joined with it.
+    Few queries of the benchmark need several calls or a choice between tools, and a small SLM does not learn either from
+    these alone. What an epoch holds is drawn from the seed and the epoch's number, so that a training that goes on
+    after a kill sees what it would have seen.
     """
 
     def __init__(
         self,
         queries: Sequence[Query],
         tokenizer: PreTrainedTokenizerBase,
+        swap: float,
         compose: float,
         batch_size: int,
         seed: int,
@@ -66,13 +65,15 @@ class AnswerData(lightning.LightningDataModule):
         Args:
             queries: What to train on.
             tokenizer: The SLM's tokenizer.
-            compose: Probability that a query is joined with another one, 0..1.
+            swap: Probability that a query's values are swapped, 0..1.
+            compose: Probability that a query gets another one's tools, or is joined with it, 0..1.
             batch_size: Samples in a batch.
-            seed: Seed of compositions and order.
+            seed: Seed of variations and order.
         """
         super().__init__()
         self._queries = queries
         self._tokenizer = tokenizer
+        self._swap = swap
         self._compose = compose
         self._batch_size = batch_size
         self._seed = seed
@@ -80,12 +81,12 @@ class AnswerData(lightning.LightningDataModule):
     def samples(self, epoch: int) -> list[TokenisedAnswer]:
         """The samples of one epoch, one for each query."""
         rng = random.Random(f"{self._seed}-{epoch}")
+        values = stated_values(self._queries)
+        varied = [
+            vary_tools(swap_values(query, values, rng) if rng.random() < self._swap else query, rng) for query in self._queries
+        ]
         return [
-            _tokenised(
-                _composed(query, self._queries, rng) if rng.random() < self._compose else query,
-                self._tokenizer,
-            )
-            for query in self._queries
+            _tokenised(join(query, varied, rng) if rng.random() < self._compose else query, self._tokenizer) for query in varied
         ]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -103,29 +104,6 @@ class AnswerData(lightning.LightningDataModule):
             sampler=sampler,
             collate_fn=lambda chosen: collate_answers(chosen, int(self._tokenizer.pad_token_id)),
         )
-
-
-def _composed(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
-    """Joins a query with another one, or adds the other one's tools; a query that would grow too long stays as it is."""
-    other = rng.choice(others)
-    names = {tool["name"] for tool in query.tools}
-    if len(query.tools) + len(other.tools) > _MOST_TOOLS or any(tool["name"] in names for tool in other.tools):
-        return query
-    tools = [*query.tools, *other.tools]
-    rng.shuffle(tools)
-    if rng.random() < 0.5 or len(query.answers) + len(other.answers) > _MOST_CALLS:
-        return replace(query, tools=tuple(tools))
-    link = rng.choice((" Also, ", " Then, ", " And ", " "))
-    first, second = (" ".join(m["content"] for m in q.messages if m["role"] == "user") for q in (query, other))
-    system = [m for q in (query, other) for m in q.messages if m["role"] == "system"]
-    return Query(
-        id=f"{query.id}+{other.id}",
-        category="parallel_multiple",
-        messages=(*system, {"role": "user", "content": first + link + second}),
-        tools=tuple(tools),
-        answers=query.answers + other.answers,
-        allowed=query.allowed + other.allowed,
-    )
 
 
 def _tokenised(query: Query, tokenizer: PreTrainedTokenizerBase) -> TokenisedAnswer:

@@ -22,7 +22,7 @@ from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
-VERSION = 1
+VERSION = 2
 _PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -53,7 +53,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path) -> None:
     settings = run.config.adapt
     lightning.seed_everything(run.config.seed, workers=True)
     slm = run.slm
-    data = AnswerData(queries, slm.tokenizer, settings.compose, settings.micro_batch_size, run.config.seed)
+    data = AnswerData(queries, slm.tokenizer, settings.swap, settings.compose, settings.micro_batch_size, run.config.seed)
     module = Adaptation(
         slm, settings.rank, settings.alpha, plain(settings.targets), settings.learning_rate, settings.warmup_share
     )

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from dynprune.evaluation.figures import accuracy_speedup, layer_error, layers_pruned
@@ -37,9 +38,8 @@ def report(run: Run) -> Path:
     rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
     comparisons = _comparisons(evaluation, rows)
     machine = {**describe_machine(), "dtype": run.model_identity["dtype"]}
-    config = plain(run.config)
-    # Tables are shown to others, whom the machine's folders do not concern.
-    config["paths"]["run"] = os.path.relpath(run.folder)
+    # Tables are shown to others, whom the machine's folders do not concern; other keys are made of this one.
+    config = plain(OmegaConf.merge(run.config, {"paths": {"run": os.path.relpath(run.folder)}}))
     write_table(rows, folder, machine, versions(), config, comparisons)
     for name, samples in evaluation.samples.items():
         write_samples(samples, folder / "samples" / f"{name}.jsonl")

@@ -1,0 +1,198 @@
+"""New tool-calling queries made of given ones, for the training of an SLM: swapped values and joined queries.
+
+A benchmark has some hundreds of queries. A small SLM learns from these what their answers look like before it learns to take
+a value from the query, to choose a tool, or to answer with several calls.
+"""
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dynprune.data.tasks import Query
+
+_MOST_TOOLS = 4
+_MOST_CALLS = 4
+_CHANCE_TO_DROP = 0.3
+_YEARS = (1700, 2100)
+# A number is not part of a word, of a longer number or of a decimal.
+_BOUND = (r"(?<![\w.,])", r"(?!\w|[.,]\d)")
+
+
+def swap_values(query: Query, values: Mapping[str, Sequence[str]], rng: random.Random) -> Query:
+    """Puts other values in place of those that the query states and its answer repeats.
+
+    A number becomes another one of as many digits, a text another one of the same shape (`stated_values`). Values that a
+    tool enumerates stay, and so does everything that the query does not state literally.
+
+    Args:
+        query: The query.
+        values: Texts to choose from by their shape.
+        rng: Where the choice comes from.
+
+    Returns:
+        The query with its words, its answers and its allowed answers changed alike; the query itself where nothing can be
+        swapped safely.
+    """
+    words = "\n".join(_user_words(query))
+    enumerated = _enumerated(query.tools)
+    swaps: dict[str, str] = {}
+    for leaf in _leaves([call["arguments"] for call in query.answers]):
+        text = _text(leaf)
+        if text is not None and text not in enumerated and re.search(_pattern(text), words):
+            swaps[text] = (
+                _other_number(text, rng) if not isinstance(leaf, str) else rng.choice(values.get(_shape(text), [text]))
+            )
+    if not swaps or len(set(swaps.values())) < len(swaps):
+        return query
+    pattern = re.compile("|".join(_pattern(text) for text in sorted(swaps, key=len, reverse=True)))
+    messages = tuple(
+        {**m, "content": pattern.sub(lambda found: swaps[found.group()], m["content"])} if m["role"] == "user" else m
+        for m in query.messages
+    )
+    answers = tuple({**call, "arguments": _replaced(call["arguments"], swaps)} for call in query.answers)
+    changed = replace(
+        query,
+        messages=messages,
+        answers=answers,
+        allowed=tuple({call["name"]: {k: [v] for k, v in call["arguments"].items()}} for call in answers),
+    )
+    # One value may have held another ("10" in "10 to 20"): what is no longer stated cannot be learnt.
+    new_words = "\n".join(_user_words(changed))
+    return changed if all(re.search(_pattern(text), new_words) for text in swaps.values()) else query
+
+
+def stated_values(queries: Sequence[Query]) -> dict[str, list[str]]:
+    """The texts that queries state and their answers repeat, by shape.
+
+    Args:
+        queries: Where the texts come from.
+
+    Returns:
+        Sorted texts for each shape: runs of capitals, of small letters and of digits stand for one such character, except
+        that digits keep their number (``New York`` is ``A a A a`` without the spaces, ``2023-04-25`` is ``0000-00-00``).
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for query in queries:
+        words = "\n".join(_user_words(query))
+        for leaf in _leaves([call["arguments"] for call in query.answers]):
+            if isinstance(leaf, str) and leaf.strip() and re.search(_pattern(leaf), words):
+                found[_shape(leaf)].add(leaf)
+    return {shape: sorted(texts) for shape, texts in found.items()}
+
+
+def vary_tools(query: Query, rng: random.Random) -> Query:
+    """Shuffles the tools of a query and leaves out some of those that its answer does not call."""
+    called = query.functions
+    tools = [tool for tool in query.tools if tool["name"] in called or rng.random() >= _CHANCE_TO_DROP]
+    rng.shuffle(tools)
+    return replace(query, tools=tuple(tools))
+
+
+def join(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
+    """Gives a query another one's tools beside its own, and half of the time asks for both in one query.
+
+    Args:
+        query: The query.
+        others: Queries to choose the other one from.
+        rng: Where the choice comes from.
+
+    Returns:
+        The new query: the users' words one after the other, and so the calls; the query itself where it would have more
+        than four tools, or two tools of one name.
+    """
+    other = rng.choice(others)
+    names = {tool["name"] for tool in query.tools}
+    if len(query.tools) + len(other.tools) > _MOST_TOOLS or any(tool["name"] in names for tool in other.tools):
+        return query
+    tools = [*query.tools, *other.tools]
+    rng.shuffle(tools)
+    if rng.random() < 0.5 or len(query.answers) + len(other.answers) > _MOST_CALLS:
+        return replace(query, tools=tuple(tools))
+    link = rng.choice((" Also, ", " Then, ", " And ", " "))
+    first, second = (" ".join(_user_words(q)) for q in (query, other))
+    system = [m for q in (query, other) for m in q.messages if m["role"] == "system"]
+    return Query(
+        id=f"{query.id}+{other.id}",
+        category="parallel_multiple",
+        messages=(*system, {"role": "user", "content": first + link + second}),
+        tools=tuple(tools),
+        answers=query.answers + other.answers,
+        allowed=query.allowed + other.allowed,
+    )
+
+
+def _user_words(query: Query) -> list[str]:
+    return [message["content"] for message in query.messages if message["role"] == "user"]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for child in value.values():
+            yield from _leaves(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _leaves(child)
+    else:
+        yield value
+
+
+def _replaced(value: Any, swaps: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _replaced(child, swaps) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_replaced(child, swaps) for child in value]
+    text = _text(value)
+    if text is None or text not in swaps:
+        return value
+    return swaps[text] if isinstance(value, str) else type(value)(swaps[text])
+
+
+def _text(leaf: Any) -> str | None:
+    """A value as a query would state it; ``None`` for what has no such form."""
+    if isinstance(leaf, bool) or leaf is None or leaf == "":
+        return None
+    if isinstance(leaf, float) and leaf.is_integer():
+        return str(int(leaf))
+    return str(leaf)
+
+
+def _pattern(text: str) -> str:
+    return _BOUND[0] + re.escape(text) + _BOUND[1]
+
+
+def _shape(text: str) -> str:
+    return re.sub(r"\d", "0", re.sub(r"[a-z]+", "a", re.sub(r"[A-Z]+", "A", text)))
+
+
+def _other_number(text: str, rng: random.Random) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        return text
+    whole, _, decimals = text.partition(".")
+    low, high = (0 if len(whole) == 1 else 10 ** (len(whole) - 1)), 10 ** len(whole) - 1
+    if _YEARS[0] <= int(whole) <= _YEARS[1]:
+        low, high = _YEARS
+    number = str(rng.randint(max(low, 1 if not decimals else 0), high))
+    if not decimals:
+        return number
+    # A last digit that is not zero: 2.50 would be written 2.5.
+    return number + "." + "".join(str(rng.randint(0, 9)) for _ in decimals[1:]) + str(rng.randint(1, 9))
+
+
+def _enumerated(tools: Sequence[dict[str, Any]]) -> frozenset[str]:
+    found: list[Any] = []
+
+    def visit(node: Any) -> None:
+        if isinstance(node, dict):
+            found.extend(node["enum"] if isinstance(node.get("enum"), list) else ())
+            for child in node.values():
+                visit(child)
+        elif isinstance(node, list):
+            for child in node:
+                visit(child)
+
+    visit(list(tools))
+    return frozenset(value if isinstance(value, str) else json.dumps(value) for value in found)
