@@ -59,9 +59,9 @@ def length_score(output: str, query: Query) -> float:
     return float(sum(map(ord, output)) % 7)
 
 
-def run(slm, n: int, strategy, batch_size: int, seed: int = 0) -> dict[str, list]:
+def run(slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, lost=None) -> dict[str, list]:
     with LayerPruner(slm, adapters()) as pruner:
-        found = list(explore(slm, pruner, queries(n), strategy, length_score, 0.25, batch_size, seed))
+        found = list(explore(slm, pruner, queries(n), strategy, length_score, lost, 0.25, batch_size, shared_bytes, seed))
     assert all(len({rollout.id for rollout in rollouts}) == 1 for rollouts in found)
     return {rollouts[0].id: rollouts for rollouts in found}
 
@@ -117,3 +117,42 @@ def test_a_strategy_is_sent_the_scores_of_its_own_batch_in_order(make_slm):
     assert sorted(strategy.sent.values()) == sorted([r.score for r in rollouts] for rollouts in found.values())
     for rollouts in found.values():
         assert [r.pruned_layers for r in rollouts] == [(0,), (1,), (2, 3), (0, 1)]
+
+
+def test_outputs_are_cut_where_the_score_is_certain_and_the_scores_do_not_change(make_slm):
+    def score(output: str, query: Query) -> float:
+        return float(ord(output[1]) % 2) if len(output) > 1 else 0.0
+
+    def lost(output: str, query: Query) -> bool:
+        return len(output) > 1 and ord(output[1]) % 2 == 0
+
+    slm, strategy = make_slm(), RandomSearch(configurations_per_size=4, stop_below=-1, first_excluded=0, last_excluded=0)
+    with LayerPruner(slm, adapters()) as pruner:
+        whole, cut = (
+            {r.id + str(r.pruned_layers): r for found in results for r in found}
+            for results in (
+                explore(slm, pruner, queries(6), strategy, score, rule, 0.5, 8, 1 << 20, 0) for rule in (None, lost)
+            )
+        )
+    assert whole.keys() == cut.keys()
+    assert not any(rollout.cut for rollout in whole.values())
+    assert 5 < sum(rollout.cut for rollout in cut.values()) < len(cut) - 5
+    for key, rollout in cut.items():
+        assert rollout.score == whole[key].score
+        assert rollout.output == (whole[key].output[: len(rollout.output)] if rollout.cut else whole[key].output)
+        assert not rollout.cut or rollout.score == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_thousands_of_random_configurations_say_what_plain_generation_says(make_slm, architecture):
+    slm = make_slm(architecture)
+    strategy = RandomSearch(configurations_per_size=20, stop_below=-1, first_excluded=0, last_excluded=0)
+    found = run(slm, 64, strategy, batch_size=32, shared_bytes=1 << 18)
+    limits = {query.id: math.ceil(0.25 * (len(render_answer(query)) + 1)) for query in queries(64)}
+    rollouts = [rollout for rollouts in found.values() for rollout in rollouts]
+    assert len(rollouts) >= 1000
+    by_id = {query.id: query for query in queries(64)}
+    for rollout in rollouts:
+        want = generated(slm, adapters(), by_id[rollout.id], rollout.pruned_layers, limits[rollout.id])
+        assert rollout.output == want, rollout

@@ -1,5 +1,6 @@
 import copy
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from transformers import DynamicCache
 
 from dynprune.adapters.stack import AdapterStack
 from dynprune.slm.cache import ReservingCache
-from dynprune.slm.generation import Continuation, Request, generate, generate_all
+from dynprune.slm.generation import Continuation, GenerationQueue, Request, generate_all
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner, starting_at
 
@@ -62,6 +63,10 @@ def plain_greedy(slm: SLM, adapters: AdapterStack, prompt, pruned, max_new_token
 def prompts(n: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(2)
     return [tuple(torch.randint(0, 250, (5 + 3 * i,), generator=generator).tolist()) for i in range(n)]
+
+
+def in_order(results: Iterable[tuple[int, Continuation]]) -> list[Continuation]:
+    return [continuation for _, continuation in sorted(results, key=lambda item: item[0])]
 
 
 ALL = [c for k in range(L + 1) for c in itertools.combinations(range(L), k)]
@@ -125,10 +130,10 @@ def test_mixed_batches_with_and_without_drafts_say_what_single_rows_say(slm):
     want = [plain_greedy(slm, adapters, p, c, 8) for p, c in zip(rows, ALL, strict=True)]
     other = [tuple(plain_greedy(slm, adapters, p, (), 8)[0]) for p in rows]
     drafts = {
-        "none": [None] * len(rows),
-        "of another configuration": [Continuation(o, False) for o in other],
-        "right": [Continuation(tuple(w), t) for w, t in want],
-        "partly right": [Continuation((*w[: i % 4], 7, 8, 9), False) for i, (w, _) in enumerate(want)],
+        "none": [()] * len(rows),
+        "of another configuration": [(o,) for o in other],
+        "right": [(tuple(w),) for w, t in want],
+        "partly right": [((*w[: i % 4], 7, 8, 9),) for i, (w, _) in enumerate(want)],
     }
     for name, given in drafts.items():
         requests = [Request(p, c, 8, d) for p, c, d in zip(rows, ALL, given, strict=True)]
@@ -146,22 +151,52 @@ def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
     want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
     assert len({len(tokens) for tokens, _ in want}) > 1
     with LayerPruner(slm, adapters) as pruner:
-        got = generate(slm, pruner, [Request(p, c, 12) for p, c in zip(rows, ALL, strict=True)])
+        requests = [Request(p, c, 12) for p, c in zip(rows, ALL, strict=True)]
+        got = in_order(generate_all(slm, pruner, requests, batch_size=len(rows)))
     assert [(list(g.token_ids), g.truncated) for g in got] == want
 
 
-def test_rows_put_aside_and_taken_up_again_say_what_they_would_have_said(slm, monkeypatch):
-    monkeypatch.setattr("dynprune.slm.generation._STEPS", 2)
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_rows_that_join_a_running_batch_say_what_they_would_have_said_alone(slm, batch_size):
     slm.model.generation_config.eos_token_id = list(range(0, 257, 7))
     adapters = random_adapters()
     rows = prompts(len(ALL))
     want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
-    assert sum(len(tokens) > 4 for tokens, _ in want) > 3
-    requests = [Request(p, c, 12, Continuation((1, 2), False)) for p, c in zip(rows, ALL, strict=True)]
+    assert len({len(tokens) for tokens, _ in want}) > 1
+    # Drafts that agree for a while leave rejected tokens in the cache of a batch that goes on.
+    drafts = [((*tokens[: i % 5], 1, 2), (9,)) for i, (tokens, _) in enumerate(want)]
+    requests = [Request(p, c, 12, d) for p, c, d in zip(rows, ALL, drafts, strict=True)]
     with LayerPruner(slm, adapters) as pruner:
-        got = list(generate_all(slm, pruner, requests, batch_size=5))
-    assert sorted(position for position, _ in got) == list(range(len(rows)))
-    assert [(list(c.token_ids), c.truncated) for _, c in sorted(got, key=lambda item: item[0])] == want
+        got = in_order(generate_all(slm, pruner, requests, batch_size))
+    assert [(list(c.token_ids), c.truncated) for c in got] == want
+
+
+def test_requests_may_come_while_results_are_taken(slm):
+    adapters = random_adapters()
+    rows = prompts(len(ALL))
+    want = [plain_greedy(slm, adapters, p, c, 6)[0] for p, c in zip(rows, ALL, strict=True)]
+    got = {}
+    with LayerPruner(slm, adapters) as pruner:
+        queue = GenerationQueue(slm, pruner, batch_size=4)
+        queue.submit(0, Request(rows[0], ALL[0], 6))
+        for key, continuation in queue:
+            got[key] = list(continuation.token_ids)
+            for new in (2 * key + 1, 2 * key + 2):
+                if new < len(rows):
+                    queue.submit(new, Request(rows[new], ALL[new], 6))
+    assert [got[key] for key in range(len(rows))] == want
+
+
+def test_a_row_that_is_given_up_ends_there_and_the_others_do_not(slm):
+    adapters = random_adapters()
+    rows = prompts(4)
+    want = [plain_greedy(slm, adapters, p, (1,), 8)[0] for p in rows]
+    requests = [Request(p, (1,), 8, (), (lambda said: len(said) == 3) if i == 2 else None) for i, p in enumerate(rows)]
+    with LayerPruner(slm, adapters) as pruner:
+        got = in_order(generate_all(slm, pruner, requests, batch_size=4))
+    assert [list(c.token_ids) for c in got] == [*want[:2], want[2][:3], want[3]]
+    assert [c.cut for c in got] == [False, False, True, False]
+    assert not got[2].truncated
 
 
 def test_a_cache_that_reserves_room_holds_what_one_that_copies_holds():
@@ -185,8 +220,8 @@ def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text(make_
     adapters = random_adapters()
     rows = prompts(4)
     with LayerPruner(slm, adapters) as pruner:
-        plain = generate(slm, pruner, [Request(p, (0,), 8) for p in rows])
-        drafted = generate(slm, pruner, [Request(p, (0,), 8, Continuation((1, 2, 3), False)) for p in rows])
+        plain = in_order(generate_all(slm, pruner, [Request(p, (0,), 8) for p in rows], 4))
+        drafted = in_order(generate_all(slm, pruner, [Request(p, (0,), 8, ((1, 2, 3),)) for p in rows], 4))
     assert [c.token_ids for c in plain] == [c.token_ids for c in drafted]
 
 

@@ -62,7 +62,7 @@ def test_a_shard_has_the_columns_of_the_thesis_and_says_what_it_is_about(tmp_pat
     writer.append(rollouts_of("a"))
 
     table = pq.read_table(shards(tmp_path)[0])
-    assert table.column_names == ["id", "pruned_layers", "score", "output"]
+    assert table.column_names == ["id", "pruned_layers", "score", "output", "cut"]
     assert table.schema.metadata == {
         b"dynprune.schema_version": b"1",
         b"dynprune.num_layers": b"6",

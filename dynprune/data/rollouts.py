@@ -2,8 +2,8 @@
 
 A shard holds all rollouts of some queries, a query's rows one after another, and it is there as a whole or
 not at all. So a query is complete or absent, and a run that is killed loses only the queries in flight.
-Columns, as in the thesis: id, pruned_layers, score, output. The number of layers and the score's name stand
-in each file's metadata.
+Columns, as in the thesis: id, pruned_layers, score, output; and whether the output was cut. The number of
+layers and the score's name stand in each file's metadata.
 """
 
 import itertools
@@ -27,6 +27,7 @@ _SCHEMA = pa.schema(
         pa.field("pruned_layers", pa.list_(pa.int32()), nullable=False),
         pa.field("score", pa.float64(), nullable=False),
         pa.field("output", pa.string(), nullable=False),
+        pa.field("cut", pa.bool_(), nullable=False),
     ]
 )
 _ROWS_AT_ONCE = 1024
@@ -41,12 +42,14 @@ class Rollout:
         pruned_layers: The configuration, in ascending order.
         score: The output's score.
         output: What the pruned SLM answered.
+        cut: Whether the output was cut because its score was certain already.
     """
 
     id: str
     pruned_layers: tuple[int, ...]
     score: float
     output: str
+    cut: bool = False
 
 
 class RolloutWriter:
@@ -177,7 +180,7 @@ def read_shard(path: Path) -> Iterator[Rollout]:
     with open_parquet(path, _SCHEMA) as file:
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
             for row in batch.to_pylist():
-                yield Rollout(row["id"], tuple(row["pruned_layers"]), row["score"], row["output"])
+                yield Rollout(row["id"], tuple(row["pruned_layers"]), row["score"], row["output"], row["cut"])
 
 
 def read_rollouts(folder: Path) -> Iterator[Rollout]:

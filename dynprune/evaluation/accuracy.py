@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.metrics.scores import SCORES
-from dynprune.slm.generation import Continuation, Request, generate_all
+from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 
@@ -37,7 +37,7 @@ def run_queries(
     pruner: LayerPruner,
     queries: Sequence[Query],
     configurations: Sequence[Sequence[int]],
-    drafts: Mapping[str, Continuation],
+    drafts: Mapping[str, tuple[int, ...]],
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[Sample]:
@@ -60,7 +60,7 @@ def run_queries(
             prompt=prompt_tokens(slm.tokenizer, query),
             pruned_layers=tuple(sorted(configuration)),
             max_new_tokens=max_new_tokens,
-            draft=drafts.get(query.id),
+            drafts=(drafts[query.id],) if query.id in drafts else (),
         )
         for query, configuration in zip(queries, configurations, strict=True)
     ]

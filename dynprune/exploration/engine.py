@@ -1,8 +1,8 @@
 """The rollout engine: drives one search per query, many at once, so that batches fill across queries.
 
-Each configuration that a search proposes is generated with a draft: what other configurations have answered to the same query,
-the most frequent answer first (before any, the reference answer). See `dynprune.slm.generation` on why the outputs are those of
-plain greedy decoding.
+Each configuration that a search proposes is generated with drafts: what other configurations have answered to the same query,
+the most frequent answer first, and the reference answer. See `dynprune.slm.generation` on why the outputs are those of plain
+greedy decoding. An output is cut where its score is certain to be 0 already, see `dynprune.metrics.certainty`.
 """
 
 import itertools
@@ -10,18 +10,20 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.rollouts import Rollout
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Configuration, Proposals, Strategy
-from dynprune.slm.generation import Continuation, GenerationQueue, Request
+from dynprune.slm.generation import GenerationQueue, Request
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 
-# More than one batch of searches, so that batches fill and stragglers find company.
-_BATCHES_AT_ONCE = 4
+# Searches under way at once, by rows of a batch: some are between two proposals, and each keeps what its prompt shares.
+_SEARCHES_A_ROW = 1.25
+_MOST_DRAFTS = 4
 
 
 @dataclass
@@ -32,7 +34,7 @@ class _Search:
     prompt: tuple[int, ...]
     max_new_tokens: int
     proposals: Proposals
-    drafts: Counter[Continuation]
+    drafts: Counter[tuple[int, ...]]
     pending: tuple[Configuration, ...] = ()
     outputs: dict[Configuration, Rollout] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
@@ -44,8 +46,10 @@ def explore(
     queries: Sequence[Query],
     strategy: Strategy,
     score: Callable[[str, Query], float],
+    lost: Callable[[str, Query], bool] | None,
     max_tokens_margin: float,
     batch_size: int,
+    shared_bytes: int,
     seed: int,
 ) -> Iterator[list[Rollout]]:
     """Searches configurations for each query.
@@ -56,42 +60,51 @@ def explore(
         queries: The queries.
         strategy: Proposes configurations for one query and receives their scores.
         score: Scores an output of the SLM.
+        lost: Whether the beginning of an output is certain to score 0; it is cut there. ``None`` cuts nothing.
         max_tokens_margin: Outputs are cut at so many times the length of the query's reference answer: an SLM that a
             configuration ruined often talks on and on.
         batch_size: Configurations generated together, over all queries.
+        shared_bytes: Memory for what configurations of one query share.
         seed: Seed of the searches; each query's search depends on it and on the query's id alone.
 
     Yields:
         All rollouts of one query, as soon as its search ends; not in the order of the queries.
     """
-    queue = GenerationQueue(slm, pruner, batch_size)
+    queue = GenerationQueue(slm, pruner, batch_size, shared_bytes)
     waiting = iter(queries)
     numbers = itertools.count()
     owner_of: dict[int, tuple[_Search, Configuration]] = {}
 
     def submit(search: _Search) -> None:
-        draft = search.drafts.most_common(1)[0][0]
+        drafts = tuple(draft for draft, _ in search.drafts.most_common(_MOST_DRAFTS))
+        give_up = None if lost is None else partial(_is_lost, slm, search.query, lost)
         for configuration in search.pending:
             number = next(numbers)
             owner_of[number] = (search, configuration)
-            queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, draft))
+            queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, drafts, give_up))
 
     def start_searches() -> None:
-        while len(owner_of) < _BATCHES_AT_ONCE * batch_size and (query := next(waiting, None)) is not None:
+        while len(owner_of) < _SEARCHES_A_ROW * batch_size and (query := next(waiting, None)) is not None:
             submit(_start(slm, query, strategy, max_tokens_margin, seed))
 
     start_searches()
     for number, continuation in queue:
         search, configuration = owner_of.pop(number)
         output = slm.decode(continuation.token_ids)
-        search.outputs[configuration] = Rollout(search.query.id, configuration, score(output, search.query), output)
-        search.drafts[replace(continuation, accepted=0)] += 1
+        search.outputs[configuration] = Rollout(
+            search.query.id, configuration, score(output, search.query), output, continuation.cut
+        )
+        search.drafts[continuation.token_ids] += 1
         if len(search.outputs) == len(search.pending):
             _propose_again(search)
             submit(search)
             if not search.pending:
                 yield search.rollouts
         start_searches()
+
+
+def _is_lost(slm: SLM, query: Query, lost: Callable[[str, Query], bool], token_ids: tuple[int, ...]) -> bool:
+    return lost(slm.decode(token_ids), query)
 
 
 def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float, seed: int) -> _Search:
@@ -105,7 +118,7 @@ def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float,
         max_new_tokens=math.ceil(max_tokens_margin * (len(reference) + 1)),
         proposals=proposals,
         # Never seen, so whatever has been seen comes first.
-        drafts=Counter({Continuation(reference, truncated=False): 0}),
+        drafts=Counter({reference: 0}),
         pending=next(proposals),
     )
 

@@ -96,6 +96,33 @@ def check_calls(calls: Sequence[Mapping[str, Any]], query: Query) -> Verdict:
     return Verdict(True, None)
 
 
+def may_be_allowed(call: Any, query: Query) -> bool:
+    """Whether a call of which the end may be missing can still be right.
+
+    Args:
+        call: What there is of it; lists and dicts in it may lack items at their ends, other values are whole.
+        query: The query.
+    """
+    if not isinstance(call, dict) or not call.keys() <= {"name", "arguments"}:
+        return False
+    return any(_may_fit(call, allowed, query) for allowed in query.allowed)
+
+
+def _may_fit(call: Mapping[str, Any], allowed: Mapping[str, Any], query: Query) -> bool:
+    name, parameters = next(iter(allowed.items()))
+    arguments = call.get("arguments", {})
+    if call.get("name", name) != name or not isinstance(arguments, dict):
+        return False
+    document = next((tool for tool in query.tools if tool["name"] == name), {})
+    properties = document.get("parameters", {}).get("properties", {})
+    return all(
+        parameter in properties
+        and parameter in parameters
+        and (isinstance(value, list | dict) or _value_error(value, parameters[parameter], properties[parameter]) is None)
+        for parameter, value in arguments.items()
+    )
+
+
 def _call_error(call: Mapping[str, Any], allowed: Mapping[str, Any], query: Query) -> str | None:
     name, parameters = next(iter(allowed.items()))
     if call["name"] != name:

@@ -4,7 +4,9 @@ transformers' own layers append by concatenation, so each new token copies the k
 small SLM on a CPU that takes as long as the computation. Here a layer reserves room ahead and writes into it.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +22,21 @@ class ReservingLayer(DynamicLayer):
 
     _key_buffer: Tensor | None = None
     _value_buffer: Tensor | None = None
+
+    @classmethod
+    def of_rows(cls, keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> Self:
+        """A layer filled with the keys and values of rows of different lengths, zeros on their left.
+
+        Args:
+            keys: For each row (heads, tokens, width).
+            values: The same.
+            length: Tokens of the layer, at least as many as the longest row has.
+        """
+        layer = cls()
+        layer.lazy_initialization(keys[0], values[0])
+        layer._key_buffer, layer._value_buffer = _stacked(keys, length), _stacked(values, length)
+        layer.keys, layer.values = layer._key_buffer[:, :, :length], layer._value_buffer[:, :, :length]
+        return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values.
@@ -43,12 +60,66 @@ class ReservingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of one row in one layer, (heads, tokens, width) each."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class ReservingCache(Cache):
     """A cache of `ReservingLayer`, one for each decoder layer, whatever the layer's kind of attention."""
 
     def __init__(self) -> None:
         """Starts empty."""
         super().__init__(layer_class_to_replicate=ReservingLayer)
+
+
+def cache_of_rows(rows: Sequence[Sequence[KeyValues | None]], length: int, dtype: torch.dtype, device: torch.device) -> Cache:
+    """A cache filled with rows of different lengths, zeros on their left.
+
+    Args:
+        rows: For each row its keys and values by layer, ``None`` in layers that do not have the row.
+        length: Tokens of the cache, at least as many as the longest row has.
+        dtype: The dtype of layers that have no row.
+        device: Their device.
+
+    Returns:
+        A layer for each layer of the rows; one that no row has holds a placeholder of that length, one number wide.
+    """
+    layers: list[Any] = []
+    for of_layer in zip(*rows, strict=True):
+        held = [row for row in of_layer if row is not None]
+        if not held:
+            nothing = torch.zeros(1, length, 1, dtype=dtype, device=device)
+            held = [KeyValues(nothing, nothing)] * len(rows)
+        layers.append(ReservingLayer.of_rows([row.keys for row in held], [row.values for row in held], length))
+    return Cache(layers=layers)
+
+
+def keys_and_values(cache: Cache, layer: int, row: int, tokens: Tensor) -> KeyValues:
+    """What one layer of a cache holds of one row.
+
+    Args:
+        cache: The cache.
+        layer: The layer's number.
+        row: The row's number among those that the layer has.
+        tokens: Numbers of the slots to take, in ascending order.
+    """
+    held: Any = cache.layers[layer]
+    first = int(tokens[0]) if len(tokens) else 0
+    # Slots in a row are taken as a view.
+    chosen = slice(first, None) if len(tokens) == held.keys.shape[2] - first else tokens
+    return KeyValues(held.keys[row][:, chosen], held.values[row][:, chosen])
+
+
+def _stacked(rows: Sequence[Tensor], length: int) -> Tensor:
+    heads, _, width = rows[0].shape
+    buffer = rows[0].new_zeros(len(rows), heads, length + _RESERVED, width)
+    for place, row in zip(buffer, rows, strict=True):
+        place[:, length - row.shape[1] : length] = row
+    return buffer
 
 
 def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

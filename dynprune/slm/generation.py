@@ -1,29 +1,37 @@
-"""Greedy generation with a configuration for each row, sped up by verifying drafts.
+"""Greedy generation with a configuration for each row: prompts run once, drafts verified some tokens at a time.
 
 Greedy decoding under a configuration gives a known continuation exactly when each of its tokens is the most likely one given
-the tokens before it. So a draft, usually what another configuration answered to the same query, costs one pass over prompt
-and draft: where the row agrees with all of it, the draft is its output; where it departs from it, the agreed tokens are what it
-would have generated, and decoding goes on from there. The outputs are those of plain greedy decoding; in floating point a
-near-tie can fall the other way, since a pass over many tokens rounds differently from a pass over one.
+the tokens before it. So where rows have drafts, usually what other configurations answered to the same query, a pass takes
+several tokens of them at once: as far as a row agrees, they are its output, and where it departs from them, the agreed ones are
+what it would have generated, and the draft is dropped. The outputs are those of plain greedy decoding; in floating point a
+near-tie can fall the other way, since a pass over many tokens or rows rounds differently from a pass over one.
 
-Shapes: B = rows still in the batch, R = all rows, T = tokens in the cache, N = new tokens, V = vocabulary, L = layers.
+Shapes: B = rows in the batch, T = slots of the cache, C = tokens of a row in a pass, N = new tokens, D = drafts of a row,
+L = layers, V = vocabulary.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynprune.slm.cache import ReservingCache
+from dynprune.slm.cache import KeyValues, cache_of_rows, keys_and_values
 from dynprune.slm.loading import SLM
+from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 
-# Compacting the batch copies its cache, which costs about as much as one decoding step.
+# Making a batch anew copies its cache, which takes about as long as a pass: it is filled up, or cut, when no more than these
+# shares of its rows are left.
+_REFILL_BELOW = 0.5
 _COMPACT_BELOW = 0.75
-# Most answers are shorter; what is left of a batch after so many steps waits for company, twice as many the next time.
-_STEPS = 48
+# A pass over so many tokens, of all rows together, takes not much longer than over one: its time goes into reading weights.
+_TOKENS_A_PASS = {"cpu": 64}
+_TOKENS_A_PASS_ELSEWHERE = 1024
+_MOST_TOKENS_A_ROW = 16
+# Looking ahead pays where at least this share of the rows has something to verify.
+_DRAFTED_SHARE = 0.5
+_NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,13 @@ class Continuation:
     Attributes:
         token_ids: The tokens, without the stop token.
         truncated: Whether the token limit came before the stop token.
-        accepted: How many of the tokens were taken over from the draft.
+        cut: Whether the row was given up before its end, see `Request.give_up`.
+        accepted: How many of the tokens were taken over from drafts.
     """
 
     token_ids: tuple[int, ...]
     truncated: bool
+    cut: bool = False
     accepted: int = 0
 
 
@@ -46,65 +56,80 @@ class Request:
     """One row to generate.
 
     Attributes:
-        prompt: Its tokens.
+        prompt: Its tokens, at least two.
         pruned_layers: Its configuration.
         max_new_tokens: Limit of the continuation, its stop token included.
-        draft: A continuation that it may well repeat, where there is one.
+        drafts: Continuations that it may well repeat, the likeliest first.
+        give_up: Says of the tokens so far whether what follows them does not matter; ``None`` generates to the end.
     """
 
     prompt: tuple[int, ...]
     pruned_layers: tuple[int, ...]
     max_new_tokens: int
-    draft: Continuation | None = None
+    drafts: tuple[tuple[int, ...], ...] = ()
+    give_up: Callable[[tuple[int, ...]], bool] | None = None
 
 
 class GenerationQueue:
-    """Requests that are generated in batches of similar length; more may come while results are taken.
-
-    A row that goes on long after the others of its batch would be decoded nearly alone. Such rows are put aside until
-    they fill a batch of their own, or nothing else waits; what they have said so far is their draft then.
+    """Requests that are generated in one batch, which is filled up as rows end; more may come while results are taken.
 
     Iterating yields the key of a request and its continuation, in the order in which they finish.
     """
 
-    def __init__(self, slm: SLM, pruner: LayerPruner, batch_size: int) -> None:
+    def __init__(self, slm: SLM, pruner: LayerPruner, batch_size: int, shared_bytes: int = 0) -> None:
         """Starts empty.
 
         Args:
             slm: The SLM.
             pruner: Its pruner, entered.
             batch_size: Rows generated together, at most.
+            shared_bytes: Memory for what configurations of one prompt share; 0 where no prompt comes twice.
         """
         self._slm = slm
         self._pruner = pruner
         self._batch_size = batch_size
-        self._fresh: dict[int, Request] = {}
-        self._aside: dict[int, Request] = {}
-        self._accepted: dict[int, int] = {}
-        self._steps: dict[int, int] = {}
+        self._states = PromptStates(shared_bytes)
+        self._waiting: dict[int, Request] = {}
+        self._may_draft = True
 
     def submit(self, key: int, request: Request) -> None:
         """Adds a request under a key of its own."""
-        self._fresh[key] = request
+        assert len(request.prompt) > 1
+        self._waiting[key] = request
+        window = getattr(self._slm.model.config.get_text_config(), "sliding_window", None)
+        # A sliding window counts the slots of rejected drafts as positions.
+        if window is not None and len(request.prompt) + _MOST_TOKENS_A_ROW * request.max_new_tokens > window:
+            self._may_draft = False
 
     def __iter__(self) -> Iterator[tuple[int, Continuation]]:
         """Generates until nothing waits."""
-        while self._fresh or self._aside:
-            waiting = self._aside if len(self._aside) >= self._batch_size or not self._fresh else self._fresh
+        batch = _Batch(self._slm, self._pruner, [])
+        while self._waiting or batch.num_live:
+            batch = self._renewed(batch)
+            yield from batch.step(self._may_draft)
+
+    @torch.inference_mode()
+    def _renewed(self, batch: "_Batch") -> "_Batch":
+        """Fills the batch up, or drops the rows that are done, where it pays."""
+        if self._waiting and batch.num_live <= _REFILL_BELOW * self._batch_size:
             # Longest first: if a batch does not fit the memory, that shows at once.
-            keys = sorted(waiting, key=lambda key: _length(waiting[key]), reverse=True)[: self._batch_size]
-            requests = [waiting.pop(key) for key in keys]
-            alone = not self._fresh and not self._aside
-            steps = None if alone else min(self._steps.get(key, _STEPS) for key in keys)
-            results = _generate(self._slm, self._pruner, requests, steps)
-            for key, request, (continuation, finished) in zip(keys, requests, results, strict=True):
-                self._accepted.setdefault(key, continuation.accepted)
-                if finished:
-                    self._steps.pop(key, None)
-                    yield key, replace(continuation, accepted=self._accepted.pop(key))
-                else:
-                    self._aside[key] = replace(request, draft=continuation)
-                    self._steps[key] = 2 * self._steps.get(key, _STEPS)
+            keys = sorted(self._waiting, key=lambda key: len(self._waiting[key].prompt), reverse=True)
+            requests = {key: self._waiting.pop(key) for key in keys[: self._batch_size - batch.num_live]}
+            started = self._started(requests)
+            return _Batch(self._slm, self._pruner, [*batch.live_rows(), *started])
+        if batch.num_live <= _COMPACT_BELOW * len(batch.rows):
+            return _Batch(self._slm, self._pruner, batch.live_rows())
+        return batch
+
+    def _started(self, requests: dict[int, Request]) -> list["_Row"]:
+        """Runs the prompts of new rows, all but their last tokens."""
+        choices_BL = configuration_mask(self._slm, [request.pruned_layers for request in requests.values()])
+        prompts = [request.prompt[:-1] for request in requests.values()]
+        states = self._states.run(self._slm, self._pruner, prompts, [tuple(choices) for choices in choices_BL.tolist()])
+        return [
+            _Row(key, request, choices_L, key_values)
+            for (key, request), choices_L, key_values in zip(requests.items(), choices_BL, states, strict=True)
+        ]
 
 
 def generate_all(
@@ -121,135 +146,171 @@ def generate_all(
     yield from queue
 
 
-def generate(slm: SLM, pruner: LayerPruner, requests: Sequence[Request]) -> list[Continuation]:
-    """Continues prompts greedily as one batch, each row under its own configuration.
-
-    Args:
-        slm: The SLM.
-        pruner: Its pruner, entered; it is left with the configurations of some of the rows.
-        requests: The R rows.
-
-    Returns:
-        The continuations, in the order of the requests.
-    """
-    return [continuation for continuation, _ in _generate(slm, pruner, requests, None)]
-
-
-def _length(request: Request) -> int:
-    return len(request.prompt) + (len(request.draft.token_ids) if request.draft else 0)
-
-
-@torch.inference_mode()
-def _generate(
-    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], max_steps: int | None
-) -> list[tuple[Continuation, bool]]:
-    """Generates one batch, at most so many tokens beyond the drafts.
-
-    Returns:
-        Each row's continuation and whether it is finished.
-    """
-    drafts = _usable_drafts(slm, requests)
-    mask_BL = configuration_mask(slm, [request.pruned_layers for request in requests])
-    pruner.prune(mask_BL)
-    batch, following_B, agreed_R = _prefill(slm, requests, drafts)
-
-    rows_B = torch.arange(len(requests), device=slm.device)
-    stop_ids = torch.tensor(slm.stop_ids, device=slm.device)
-    limit_R = torch.tensor([request.max_new_tokens for request in requests], device=slm.device)
-    said_RN = torch.zeros(len(requests), int(limit_R.max()), dtype=torch.long, device=slm.device)
-    for row, (draft, agreed) in enumerate(zip(drafts, agreed_R.tolist(), strict=True)):
-        said_RN[row, :agreed] = torch.tensor(draft[:agreed], dtype=torch.long)
-    length_R = agreed_R.clone()
-    live_R = length_R < limit_R
-    stopped_R = torch.zeros_like(live_R)
-    for step in itertools.count():
-        stopped_R[rows_B] |= torch.isin(following_B, stop_ids) & live_R[rows_B]
-        live_R &= ~stopped_R
-        growing = rows_B[live_R[rows_B]]
-        said_RN[growing, length_R[growing]] = following_B[live_R[rows_B]]
-        length_R[growing] += 1
-        live_R &= length_R < limit_R
-        left = live_R[rows_B].nonzero()[:, 0]
-        if not len(left) or step == max_steps:
-            break
-        if len(left) <= _COMPACT_BELOW * len(rows_B):
-            mask_BL = pruner.select_rows(batch.cache, mask_BL, left)
-            batch.select_rows(left)
-            rows_B = rows_B[left]
-        following_B = batch.step(slm, said_RN[rows_B, length_R[rows_B] - 1])
-    columns = (said_RN.tolist(), length_R.tolist(), stopped_R.tolist(), live_R.tolist(), agreed_R.tolist())
-    return [
-        (Continuation(tuple(ids[:length]), truncated=not stopped, accepted=agreed), not live)
-        for ids, length, stopped, live, agreed in zip(*columns, strict=True)
-    ]
-
-
 @dataclass
-class _Batch:
-    """The rows being decoded: their cache, which of its slots they may look at, and their next positions."""
+class _Row:
+    """One row between two batches.
 
-    cache: ReservingCache
-    attention_BT: Tensor
-    position_B: Tensor
-
-    def step(self, slm: SLM, token_B: Tensor) -> Tensor:
-        """Appends a token to each row and gives the most likely next ones."""
-        self.attention_BT = torch.cat([self.attention_BT, self.attention_BT.new_ones(len(token_B), 1)], dim=1)
-        logits_B1V = slm.model(
-            input_ids=token_B[:, None],
-            attention_mask=self.attention_BT,
-            position_ids=self.position_B[:, None],
-            cache=self.cache,
-            use_cache=True,
-        ).logits
-        self.position_B = self.position_B + 1
-        return logits_B1V[:, -1].argmax(dim=-1)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Drops all other rows; the cache is the pruner's to cut."""
-        self.attention_BT = self.attention_BT[rows]
-        self.position_B = self.position_B[rows]
-
-
-def _prefill(slm: SLM, requests: Sequence[Request], drafts: Sequence[tuple[int, ...]]) -> tuple[_Batch, Tensor, Tensor]:
-    """One pass over prompts and drafts.
-
-    Returns:
-        The batch, the next token of each row, and how many tokens of its draft each row agrees with.
+    Attributes:
+        key: The request's key.
+        request: The request.
+        choices_L: Which layers it prunes.
+        key_values: By layer, keys and values of the prompt and of what it has said, without the last token; ``None`` where
+            the layer is pruned.
+        said: What it has said.
+        accepted: How much of that came from drafts.
     """
-    sequences = [(*request.prompt, *draft) for request, draft in zip(requests, drafts, strict=True)]
-    width = max(len(sequence) for sequence in sequences)
-    pad = slm.tokenizer.pad_token_id
-    ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=slm.device)
-    attention_BT = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=slm.device)
-    cache = ReservingCache()
-    keep = max(len(draft) for draft in drafts) + 1
-    logits_BKV = slm.model(
-        input_ids=ids_BT,
-        attention_mask=attention_BT,
-        position_ids=(attention_BT.cumsum(dim=1) - 1).clamp(min=0),
-        cache=cache,
-        use_cache=True,
-        logits_to_keep=keep,
-    ).logits
-    likeliest = logits_BKV.argmax(dim=-1).tolist()
-    agreed, following = [], []
-    for row, draft in enumerate(drafts):
-        predicted = likeliest[row][keep - 1 - len(draft) :]
-        count = next((i for i, token in enumerate(draft) if predicted[i] != token), len(draft))
-        agreed.append(count)
-        following.append(predicted[count])
-        # The rest of the draft is not what this row says: nothing may look at its slots.
-        attention_BT[row, width - len(draft) + count :] = 0
-    agreed_B = torch.tensor(agreed, device=slm.device)
-    position_B = torch.tensor([len(request.prompt) for request in requests], device=slm.device) + agreed_B
-    return _Batch(cache, attention_BT, position_B), torch.tensor(following, device=slm.device), agreed_B
+
+    key: int
+    request: Request
+    choices_L: Tensor
+    key_values: Sequence[KeyValues | None]
+    said: tuple[int, ...] = ()
+    accepted: int = 0
+
+    @property
+    def cached(self) -> int:
+        """Number of tokens in the cache."""
+        return len(self.request.prompt) + len(self.said) - 1
 
 
-def _usable_drafts(slm: SLM, requests: Sequence[Request]) -> list[tuple[int, ...]]:
-    """The drafts' tokens; none where a sliding window would count the slots of a rejected draft as positions."""
-    window = getattr(slm.model.config.get_text_config(), "sliding_window", None)
-    longest = max(len(request.prompt) + 2 * request.max_new_tokens for request in requests)
-    if window is not None and longest > window:
-        return [()] * len(requests)
-    return [request.draft.token_ids[: request.max_new_tokens] if request.draft else () for request in requests]
+class _Batch:
+    """The rows being decoded, as tensors.
+
+    A row's tokens lie on the right of the cache. The slots on their left are no tokens, and nothing looks at them; nor at
+    those of drafts that were rejected, which the next batch leaves out.
+    """
+
+    def __init__(self, slm: SLM, pruner: LayerPruner, rows: Sequence[_Row]) -> None:
+        """Fills the cache with the rows and puts their configurations in force."""
+        self.rows = rows
+        self._slm = slm
+        self._live_B = torch.ones(len(rows), dtype=torch.bool, device=slm.device)
+        if not rows:
+            return
+        self._choices_BL = torch.stack([row.choices_L for row in rows])
+        pruner.prune(self._choices_BL)
+        width = max(row.cached for row in rows)
+        self._cache = cache_of_rows([row.key_values for row in rows], width, slm.model.dtype, slm.device)
+        self._attention_BT = self._tensor([[0] * (width - row.cached) + [1] * row.cached for row in rows])
+        self._position_B = self._tensor([row.cached for row in rows])
+        self._last_B = self._tensor([[*row.request.prompt, *row.said][-1] for row in rows])
+        self._limit_B = self._tensor([row.request.max_new_tokens for row in rows])
+        self._length_B = self._tensor([len(row.said) for row in rows])
+        self._accepted_B = self._tensor([row.accepted for row in rows])
+        self._stopped_B = torch.zeros_like(self._live_B)
+        self._stop_ids = self._tensor(slm.stop_ids)
+        # Room behind the end for the tokens that a pass looks ahead.
+        room = max(row.request.max_new_tokens for row in rows) + _MOST_TOKENS_A_ROW
+        self._said_BN = torch.full((len(rows), room), _NO_TOKEN, device=slm.device)
+        most = max(len(row.request.drafts) for row in rows)
+        self._drafts_BDN = torch.full((len(rows), most, room), _NO_TOKEN, device=slm.device)
+        for place, row in enumerate(rows):
+            self._said_BN[place, : len(row.said)] = self._tensor(row.said)
+            for number, draft in enumerate(row.request.drafts):
+                self._drafts_BDN[place, number, : len(draft)] = self._tensor(draft[:room])
+
+    @property
+    def num_live(self) -> int:
+        """Rows that are not finished."""
+        return int(self._live_B.sum())
+
+    def live_rows(self) -> list[_Row]:
+        """The rows that are not finished, with their part of the cache."""
+        rows = []
+        for place in self._live_B.nonzero()[:, 0].tolist():
+            tokens_T = self._attention_BT[place].nonzero()[:, 0]
+            kept_L = (~self._choices_BL).cumsum(dim=0)[place] - 1
+            key_values = [
+                None if pruned else keys_and_values(self._cache, layer, int(among_kept), tokens_T)
+                for layer, (pruned, among_kept) in enumerate(zip(self._choices_BL[place], kept_L, strict=True))
+            ]
+            row = self.rows[place]
+            rows.append(_Row(row.key, row.request, row.choices_L, key_values, self._said(place), int(self._accepted_B[place])))
+        return rows
+
+    @torch.inference_mode()
+    def step(self, may_draft: bool) -> Iterator[tuple[int, Continuation]]:
+        """One pass over the last token of each row and, where it pays, over what its drafts say next.
+
+        Args:
+            may_draft: Whether rejected tokens may be left in the cache until the batch is made anew.
+
+        Yields:
+            The keys and continuations of the rows that this pass finishes.
+        """
+        ahead_BC = self._ahead(may_draft)
+        count = 1 + ahead_BC.shape[1]
+        columns_C = torch.arange(count, device=self._slm.device)
+        likeliest_BC = self._slm.model(
+            input_ids=torch.cat([self._last_B[:, None], ahead_BC.clamp(min=0)], dim=1),
+            attention_mask=torch.cat([self._attention_BT, self._attention_BT.new_ones(len(self.rows), count)], dim=1),
+            position_ids=self._position_B[:, None] + columns_C,
+            cache=self._cache,
+            use_cache=True,
+        ).logits.argmax(dim=-1)
+        agreed_B = (ahead_BC == likeliest_BC[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        right_BC = (columns_C <= agreed_B[:, None]).long()
+        self._attention_BT = torch.cat([self._attention_BT, right_BC], dim=1)
+        self._position_B = self._position_B + 1 + agreed_B
+        before_B = self._live_B
+        for column in range(count):
+            self._say(likeliest_BC[:, column], column <= agreed_B, column < agreed_B)
+        last_B = self._said_BN.gather(1, (self._length_B - 1).clamp(min=0)[:, None])[:, 0]
+        self._last_B = torch.where(self._length_B > 0, last_B, self._last_B)
+        cut = self._give_up()
+        finished = (before_B & ~self._live_B).nonzero()[:, 0].tolist()
+        for place in finished:
+            yield (
+                self.rows[place].key,
+                Continuation(
+                    self._said(place),
+                    truncated=place not in cut and not bool(self._stopped_B[place]),
+                    cut=place in cut,
+                    accepted=int(self._accepted_B[place]),
+                ),
+            )
+
+    def _ahead(self, may_draft: bool) -> Tensor:
+        """What the drafts of each row say next, as many columns as one pass should verify."""
+        nothing_BC = self._last_B.new_empty(len(self.rows), 0)
+        budget = _TOKENS_A_PASS.get(self._slm.device.type, _TOKENS_A_PASS_ELSEWHERE)
+        count = min(budget // len(self.rows), _MOST_TOKENS_A_ROW) - 1
+        if not may_draft or count < 1 or not self._drafts_BDN.shape[1]:
+            return nothing_BC
+        columns_N = torch.arange(self._said_BN.shape[1], device=self._slm.device)
+        said_or_not_B1N = (columns_N >= self._length_B[:, None])[:, None]
+        agrees_BD = ((self._drafts_BDN == self._said_BN[:, None]) | said_or_not_B1N).all(dim=-1)
+        first_B11 = agrees_BD.long().argmax(dim=1)[:, None, None]
+        draft_BN = self._drafts_BDN.gather(1, first_B11.expand(-1, 1, len(columns_N)))[:, 0]
+        ahead_BC = draft_BN.gather(1, self._length_B[:, None] + columns_N[:count])
+        ahead_BC = ahead_BC.masked_fill(~agrees_BD.any(dim=1)[:, None], _NO_TOKEN)
+        drafted_B = (ahead_BC[:, 0] != _NO_TOKEN) & self._live_B
+        return ahead_BC if drafted_B.sum() >= _DRAFTED_SHARE * self._live_B.sum() else nothing_BC
+
+    def _say(self, token_B: Tensor, right_B: Tensor, drafted_B: Tensor) -> None:
+        """Appends a token to the rows that are not finished, where it is right."""
+        growing_B = self._live_B & right_B
+        stop_B = growing_B & torch.isin(token_B, self._stop_ids)
+        growing_B = growing_B & ~stop_B
+        here_B1 = self._length_B[:, None]
+        self._said_BN.scatter_(1, here_B1, torch.where(growing_B, token_B, _NO_TOKEN)[:, None])
+        self._length_B = self._length_B + growing_B
+        self._accepted_B = self._accepted_B + (growing_B & drafted_B)
+        self._stopped_B = self._stopped_B | stop_B
+        self._live_B = self._live_B & ~stop_B & (self._length_B < self._limit_B)
+
+    def _give_up(self) -> set[int]:
+        """Ends the rows whose requests say so."""
+        cut = set()
+        for place in self._live_B.nonzero()[:, 0].tolist():
+            give_up = self.rows[place].request.give_up
+            if give_up is not None and give_up(self._said(place)):
+                cut.add(place)
+                self._live_B[place] = False
+        return cut
+
+    def _said(self, place: int) -> tuple[int, ...]:
+        return tuple(self._said_BN[place, : int(self._length_B[place])].tolist())
+
+    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._slm.device)

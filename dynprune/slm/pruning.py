@@ -135,30 +135,6 @@ class LayerPruner:
         self._batch = None
         self._rows = [_ALL_PRUNE if pruned else _ALL_KEEP for pruned in mask_L]
 
-    def select_rows(self, cache: Cache, mask_BL: Tensor, rows: Tensor) -> Tensor:
-        """Drops the rows of a batch that are done, from the cache and from the configuration.
-
-        Args:
-            cache: The cache of the generation under way, made with ``mask_BL``.
-            mask_BL: The configurations in force.
-            rows: Rows to keep, in ascending order.
-
-        Returns:
-            The mask of the rows that are left; it is in force.
-        """
-        for index, layer in enumerate(_key_value_layers(cache)):
-            kept = self._rows[index].kept
-            chosen = rows if kept is None or not len(kept) else torch.isin(kept, rows).nonzero()[:, 0]
-            layer.keys = layer.keys[chosen]
-            layer.values = layer.values[chosen]
-            if kept is not None and len(kept) and not len(chosen):
-                # No row keeps the layer any more: only its length matters from here on.
-                layer.keys = layer.keys.new_zeros(len(rows), 1, layer.keys.shape[2], 1)
-                layer.values = layer.keys
-        left_BL = mask_BL[rows.to(mask_BL.device)]
-        self.prune(left_BL)
-        return left_BL
-
     def _pruned_forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Any:
             rows = self._rows[index]
@@ -231,25 +207,23 @@ def _key_value_layers(cache: Cache) -> list[Any]:
 
 @contextmanager
 def starting_at(slm: SLM, first: int, input_BTd: Tensor) -> Iterator[None]:
-    """Leaves out the layers below one whose input is known already, for passes without a cache.
+    """Leaves out the layers below one whose input is known already, for passes that start with an empty cache or none.
 
-    Configurations that differ only from some layer on share everything below it. Enter it inside a `LayerPruner`.
+    Configurations that differ only from some layer on share everything below it. Enter it inside a `LayerPruner`. Layers
+    that are left out put nothing into the cache.
 
     Args:
         slm: The SLM.
-        first: The first layer to run.
+        first: The first layer to run, 0..L; with L only what follows the layers is run.
         input_BTd: What goes into it.
     """
-    shadowed = [(layer, layer.forward) for layer in slm.layers[: first + 1]]
+    shadowed = [(layer, layer.forward) for layer in slm.layers[:first]]
 
-    def skip(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_BTd
+    def known(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return input_BTd
 
-    def enter(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return shadowed[first][1](input_BTd, *args, **kwargs)
-
-    for index, (layer, _) in enumerate(shadowed):
-        layer.forward = enter if index == first else skip
+    for layer, _ in shadowed:
+        layer.forward = known
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.data.tasks import Query
 from dynprune.metrics.scores import get_score
-from dynprune.slm.generation import Continuation, Request, generate_all
+from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
@@ -104,7 +104,7 @@ def _correct_sequences(run: Run, queries: Sequence[Query], folder: Path) -> list
     requests = []
     for query in queries:
         prompt, reference = run.tokens(query)
-        requests.append(Request(prompt, (), limit, Continuation(reference, truncated=False)))
+        requests.append(Request(prompt, (), limit, (reference,)))
     right: dict[int, tuple[int, ...]] = {}
     with LayerPruner(run.slm) as pruner:
         answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)

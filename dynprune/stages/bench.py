@@ -30,7 +30,7 @@ from dynprune.router.inputs import RouterInputs
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import ConditionalBernoulliPolicy, SinkhornPolicy
 from dynprune.slm.cache import ReservingCache
-from dynprune.slm.generation import Continuation, Request, generate_all
+from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
 from dynprune.stages.router import new_policy, new_router
@@ -118,8 +118,7 @@ def _exploration(run: Run, name: str, target: str, num_queries: int, num_configu
         made = []
         for configuration, query in rows:
             prompt, reference = run.tokens(query)
-            draft = Continuation(reference, truncated=False) if drafted else None
-            made.append(Request(prompt, configuration, limit, draft))
+            made.append(Request(prompt, configuration, limit, (reference,) if drafted else ()))
         return made
 
     def verified() -> list[tuple[int, ...]]:

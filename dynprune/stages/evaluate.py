@@ -18,7 +18,6 @@ from dynprune.evaluation.latency import Chooser, Timing, time_rows
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.static_search import greedy_static_sets
 from dynprune.metrics.scores import mean_scores
-from dynprune.slm.generation import Continuation
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.router import chooser, router
@@ -60,11 +59,11 @@ def evaluate(run: Run) -> Evaluation:
     queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
     rows = _rows(run)
     samples: dict[str, list[Sample]] = {}
-    drafts: Mapping[str, Continuation] = {}
+    drafts: Mapping[str, tuple[int, ...]] = {}
     for row in rows:
         samples[row.name] = _run_row(run, row, queries, drafts)
         if row.name == "original":
-            drafts = {s.id: Continuation(s.token_ids, s.truncated) for s in samples[row.name]}
+            drafts = {s.id: s.token_ids for s in samples[row.name]}
     return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
 
 
@@ -135,7 +134,7 @@ def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
     return lambda query: layers
 
 
-def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, Continuation]) -> list[Sample]:
+def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, tuple[int, ...]]) -> list[Sample]:
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -157,7 +156,7 @@ def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, 
     def build(folder: Path) -> dict[str, Any]:
         configurations = [tuple(row.choose(query)) for query in queries]
         # The first row has no outputs to draft from but the reference answers, which it often repeats.
-        references = {query.id: Continuation(run.tokens(query)[1], truncated=False) for query in queries}
+        references = {query.id: run.tokens(query)[1] for query in queries}
         limit = run.max_new_tokens(queries)
         samples = []
         with pruner_of(run, adapters_artifact) as pruner:

@@ -8,12 +8,13 @@ from hydra.utils import instantiate
 from dynprune.artifacts import Artifact
 from dynprune.data.rollouts import RolloutWriter
 from dynprune.exploration.engine import explore as explore_queries
+from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, once_a_run, plain
 
-VERSION = 1
+VERSION = 2
 
 
 @once_a_run
@@ -50,8 +51,10 @@ def explore(run: Run, split: str = "train") -> Artifact:
                 left,
                 instantiate(settings.strategy),
                 score,
+                LOST.get(settings.score),
                 settings.max_tokens_margin,
                 run.config.hardware.batch_size,
+                int(run.config.hardware.shared_gib * 2**30),
                 run.config.seed,
             )
             for rollouts in track(searches, f"exploring {split} queries", len(left)):
