@@ -78,13 +78,17 @@ ONE = query({"name": "f", "arguments": {"a": 12, "b": "ab", "c": [1, {"a": True}
         ("[", ""),
         ('{"name": "f", "argu', ""),
         ('[{"name": "f", "arguments": {"a": 1', ""),
-        ('[{"name": "f", "arguments": {"a": 12, "b": "ax', ""),
+        ('[{"name": "f", "arguments": {"a": 12, "b": "ax', "json_match"),
         ('[{"name": "f", "arguments": {"c": [1, {', ""),
+        ('[{"name": "f", "arguments": {"a": 12, "b": "ab', ""),
+        ('[{"name": "f', ""),
+        ('[{"name": "fx', "json_match ast_match name_match"),
+        ('[{"name": "f", "arguments": {"b": "\\u00', ""),
         ("Sure", "json_match ast_match name_match"),
         ('[{"name": "g"', "json_match ast_match name_match"),
         ('[{"name": "f", "arguments": {"a": 1,', "json_match ast_match"),
         ('[{"name": "f", "arguments": {"a": 13}', "json_match ast_match"),
-        ('[{"name": "f", "arguments": {"x": "', ""),
+        ('[{"name": "f", "arguments": {"x": "', "json_match"),
         ('[{"name": "f", "arguments": {"x": []', "json_match ast_match"),
         ('[{"name": "f", "arguments": {"b": "ax"', "json_match ast_match"),
         ('[{"name": "f", "arguments": {"c": [2, ', "json_match"),
@@ -100,3 +104,15 @@ def test_what_is_lost_where(output, rules):
 def test_scores_that_need_the_whole_output_have_no_rule():
     assert set(LOST) < set(SCORES)
     assert not {"parse_rate", "partial_match", "partial_match_normalized", "ratio_function_calls"} & set(LOST)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(0, 80), st.text('[]{}",: \\ue9d8af"name"12.-+E\n`é\x01', max_size=6))
+def test_any_text_gets_a_verdict_and_a_verdict_is_final(end, rest):
+    answer = render_answer(ONE)
+    output = answer[:end] + rest
+    for name in RULES:
+        if LOST[name](output, ONE):
+            assert SCORES[name](output, ONE) == 0
+            assert SCORES[name](output + answer[end:], ONE) == 0
+            assert LOST[name](output + " ", ONE)

@@ -103,6 +103,11 @@ def explore(
         start_searches()
 
 
+def max_new_tokens(slm: SLM, query: Query, margin: float) -> int:
+    """Most tokens of an output, its stop token included: so many times those of the query's reference answer."""
+    return math.ceil(margin * (len(answer_tokens(slm.tokenizer, query)) + 1))
+
+
 def _is_lost(slm: SLM, query: Query, lost: Callable[[str, Query], bool], token_ids: tuple[int, ...]) -> bool:
     return lost(slm.decode(token_ids), query)
 
@@ -114,8 +119,7 @@ def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float,
     return _Search(
         query=query,
         prompt=prompt_tokens(slm.tokenizer, query),
-        # The stop token, too.
-        max_new_tokens=math.ceil(max_tokens_margin * (len(reference) + 1)),
+        max_new_tokens=max_new_tokens(slm, query, max_tokens_margin),
         proposals=proposals,
         # Never seen, so whatever has been seen comes first.
         drafts=Counter({reference: 0}),

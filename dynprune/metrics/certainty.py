@@ -5,7 +5,8 @@ sound, not complete: where it says that an output is lost, no continuation score
 may not. Scores without a rule need the whole output.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pydantic_core
@@ -19,30 +20,24 @@ Lost = Callable[[str, Query], bool]
 
 def json_match_is_lost(output: str, query: Query) -> bool:
     """Whether `dynprune.metrics.function_calls.json_match` is 0 however the output goes on."""
-    calls = _calls_so_far(output)
-    return calls is not None and not _may_become(calls, list(query.answers))
+    return any(not _may_become(calls, list(query.answers), open_end) for calls, open_end in _calls_so_far(output))
 
 
 def ast_match_is_lost(output: str, query: Query) -> bool:
     """Whether `dynprune.metrics.ast_match.ast_match` is 0 however the output goes on."""
-    calls = _calls_so_far(output)
-    if calls is None:
-        return False
-    return len(calls) > len(query.allowed) or not all(may_be_allowed(call, query) for call in calls)
+    names = [name for allowed in query.allowed for name in allowed]
+    for calls, open_end in _calls_so_far(output):
+        if len(calls) > len(query.allowed) or _calls_another(calls, names, open_end):
+            return True
+        if not open_end and not all(may_be_allowed(call, query) for call in calls):
+            return True
+    return False
 
 
 def name_match_is_lost(output: str, query: Query) -> bool:
     """Whether `dynprune.metrics.function_calls.name_match` is 0 however the output goes on."""
-    calls = _calls_so_far(output)
-    if calls is None:
-        return False
-    left = [answer["name"] for answer in query.answers]
-    for call in calls:
-        if not isinstance(call, dict) or ("name" in call and call["name"] not in left):
-            return True
-        if "name" in call:
-            left.remove(call["name"])
-    return False
+    names = [answer["name"] for answer in query.answers]
+    return any(len(calls) > len(names) or _calls_another(calls, names, open_end) for calls, open_end in _calls_so_far(output))
 
 
 LOST: Mapping[str, Lost] = {
@@ -53,27 +48,70 @@ LOST: Mapping[str, Lost] = {
 """By score, the rule that says whether it is certain to be 0; scores that are not here need the whole output."""
 
 
-def _calls_so_far(output: str) -> list[Any] | None:
-    """What an output holds already, without what it has only begun; ``None`` if nothing can be said.
+def _calls_so_far(output: str) -> Iterator[tuple[list[Any], bool]]:
+    """What an output holds already.
 
     A text that is no beginning of JSON counts as one call that is none, which no score forgives.
+
+    Yields:
+        The calls without what they have only begun, and False; then the same with the text that they have begun, if they end
+        within one, and True. Nothing if nothing can be said.
     """
     text = output.strip()
     # A fence around the answer is taken off before it is read; what is in it is not looked at here.
     if not text or text.startswith("`"):
-        return None
+        return
     try:
         # A number at the end may go on.
         value = pydantic_core.from_json(text.rstrip("0123456789+-.eE"), allow_partial=True)
     except ValueError:
-        return [None]
-    return value if isinstance(value, list) else [value]
+        yield [None], False
+        return
+    yield value if isinstance(value, list) else [value], False
+    with suppress(ValueError):
+        # Fails in the middle of a number.
+        begun = pydantic_core.from_json(text, allow_partial="trailing-strings")
+        if begun != pydantic_core.from_json(text, allow_partial=True):
+            yield begun if isinstance(begun, list) else [begun], True
 
 
-def _may_become(part: Any, whole: Any) -> bool:
-    """Whether a JSON value that may lack items at its end can become another one."""
+def _calls_another(calls: Sequence[Any], names: Sequence[str], open_end: bool) -> bool:
+    """Whether one of the calls is none, or of a function that has no name left."""
+    left = list(names)
+    for number, call in enumerate(calls):
+        if not isinstance(call, dict):
+            return True
+        if "name" not in call:
+            continue
+        # The name has only begun if nothing comes after it.
+        begun = open_end and number == len(calls) - 1 and list(call)[-1] == "name" and isinstance(call["name"], str)
+        fitting = [name for name in left if (name.startswith(call["name"]) if begun else name == call["name"])]
+        if not fitting:
+            return True
+        left.remove(fitting[0])
+    return False
+
+
+def _may_become(part: Any, whole: Any, open_end: bool) -> bool:
+    """Whether a JSON value that may lack items at its end can become another one.
+
+    Args:
+        part: What there is of it.
+        whole: What it should become.
+        open_end: Whether a text that comes last may go on.
+    """
     if isinstance(part, dict) and isinstance(whole, dict):
-        return all(key in whole and _may_become(value, whole[key]) for key, value in part.items())
+        last = len(part) - 1
+        return all(
+            key in whole and _may_become(value, whole[key], open_end and number == last)
+            for number, (key, value) in enumerate(part.items())
+        )
     if isinstance(part, list) and isinstance(whole, list):
-        return len(part) <= len(whole) and all(map(_may_become, part, whole))
+        last = len(part) - 1
+        return len(part) <= len(whole) and all(
+            _may_become(item, other, open_end and number == last)
+            for number, (item, other) in enumerate(zip(part, whole, strict=False))
+        )
+    if open_end and isinstance(part, str) and isinstance(whole, str):
+        return whole.startswith(part)
     return json_equal(part, whole)

@@ -116,9 +116,12 @@ def keys_and_values(cache: Cache, layer: int, row: int, tokens: Tensor) -> KeyVa
 
 def _stacked(rows: Sequence[Tensor], length: int) -> Tensor:
     heads, _, width = rows[0].shape
-    buffer = rows[0].new_zeros(len(rows), heads, length + _RESERVED, width)
+    buffer = rows[0].new_empty(len(rows), heads, length + _RESERVED, width)
     for place, row in zip(buffer, rows, strict=True):
-        place[:, length - row.shape[1] : length] = row
+        start = length - row.shape[1]
+        # Nothing looks at these slots, but what is multiplied by 0 must be a number.
+        place[:, :start] = 0
+        place[:, start:length] = row
     return buffer
 
 

@@ -21,10 +21,10 @@ from dynprune.slm.loading import SLM
 from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 
-# Making a batch anew copies its cache, which takes about as long as a pass: it is filled up, or cut, when no more than these
-# shares of its rows are left.
-_REFILL_BELOW = 0.5
-_COMPACT_BELOW = 0.75
+# Making a batch anew copies its cache, which takes about as long as a pass: it is done when no more than this share of the rows
+# is left, or when so many wait for each row that is left.
+_RENEW_BELOW = 2 / 3
+_WAITING_PER_ROW = 1 / 2
 # A pass over so many tokens, of all rows together, takes not much longer than over one: its time goes into reading weights.
 _TOKENS_A_PASS = {"cpu": 64}
 _TOKENS_A_PASS_ELSEWHERE = 1024
@@ -110,19 +110,21 @@ class GenerationQueue:
 
     @torch.inference_mode()
     def _renewed(self, batch: "_Batch") -> "_Batch":
-        """Fills the batch up, or drops the rows that are done, where it pays."""
-        if self._waiting and batch.num_live <= _REFILL_BELOW * self._batch_size:
-            # Longest first: if a batch does not fit the memory, that shows at once.
-            keys = sorted(self._waiting, key=lambda key: len(self._waiting[key].prompt), reverse=True)
-            requests = {key: self._waiting.pop(key) for key in keys[: self._batch_size - batch.num_live]}
-            started = self._started(requests)
-            return _Batch(self._slm, self._pruner, [*batch.live_rows(), *started])
-        if batch.num_live <= _COMPACT_BELOW * len(batch.rows):
-            return _Batch(self._slm, self._pruner, batch.live_rows())
-        return batch
+        """Drops the rows that are done and fills the batch up, where it pays."""
+        live = batch.num_live
+        room = self._batch_size - live
+        few_left = live <= _RENEW_BELOW * len(batch.rows)
+        if not few_left and min(len(self._waiting), room) < _WAITING_PER_ROW * live:
+            return batch
+        # Longest first: if a batch does not fit the memory, that shows at once.
+        keys = sorted(self._waiting, key=lambda key: len(self._waiting[key].prompt), reverse=True)
+        started = self._started({key: self._waiting.pop(key) for key in keys[:room]})
+        return _Batch(self._slm, self._pruner, [*batch.live_rows(), *started])
 
     def _started(self, requests: dict[int, Request]) -> list["_Row"]:
         """Runs the prompts of new rows, all but their last tokens."""
+        if not requests:
+            return []
         choices_BL = configuration_mask(self._slm, [request.pruned_layers for request in requests.values()])
         prompts = [request.prompt[:-1] for request in requests.values()]
         states = self._states.run(self._slm, self._pruner, prompts, [tuple(choices) for choices in choices_BL.tolist()])

@@ -1,0 +1,1 @@
+"""What `make bench` measures: each concern of speed against its simple rival."""
