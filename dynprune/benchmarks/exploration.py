@@ -29,47 +29,53 @@ from dynprune.stages.run import Run
 
 log = logging.getLogger(__name__)
 _SCORE = "json_match"
-_QUERIES = 16
+_QUERIES = 40
 _CONFIGURATIONS = 20
-_ROUNDS = 2
+_SAMPLED = 12
+_BATCH = 16
+# What the worker processes share out.
+_SHARED_QUERIES, _SHARED_CONFIGURATIONS = 16, 6
 
 
 def explore_lines(run: Run) -> list[Line]:
     """The depth-first search of the stage ``explore``, against the simple ways to score configurations.
 
     ``explore``: modules are swapped and one query is generated at a time. ``explore_batched``: one configuration at a time,
-    16 queries as a padded batch. Both use transformers' own ``generate`` with its cache. They score some of the search's
-    configurations, each output to its end, and outputs and scores are compared with the search's.
+    16 queries as a padded batch. Both use transformers' own ``generate`` with its cache. They take some of a search's
+    configurations, once before the search that is timed and once after it; outputs and scores are compared.
     """
     task = Task.of(run)
     queries = run.queries("train", _QUERIES, "bench")
-    by_id = {query.id: query for query in queries}
-    rates: dict[str, list[float]] = {"search": [], "one": [], "batch": []}
-    differ = compared = 0
-    for number in range(_ROUNDS):
-        start = time.perf_counter()
-        rollouts = task.explored(queries, _CONFIGURATIONS)
-        rates["search"].append(len(rollouts) / (time.perf_counter() - start))
-        chosen = random.Random(number).sample(rollouts, 12)
-        start = time.perf_counter()
-        outputs = [
-            swap_and_generate(task.slm, task.stack, [by_id[r.id]], r.pruned_layers, [task.limit(by_id[r.id])])[0]
-            for r in chosen
-        ]
-        rates["one"].append(len(chosen) / (time.perf_counter() - start))
-        compared += len(chosen)
-        differ += sum(not _same(r, output, by_id[r.id]) for r, output in zip(chosen, outputs, strict=True))
-        start = time.perf_counter()
-        limits = [task.limit(query) for query in queries]
-        for rollout in chosen[:2]:
-            swap_and_generate(task.slm, task.stack, queries, rollout.pruned_layers, limits)
-        rates["batch"].append(2 * len(queries) / (time.perf_counter() - start))
-    log.info("explore: %d of %d outputs, compared whole, differ by near-ties of the two likeliest tokens", differ, compared)
-    search, one, batch = (statistics.median(of_side) for of_side in rates.values())
+    first = task.explored(queries[:_BATCH], 2)
+    before = _rivals(task, queries, random.Random(0).sample(first, _SAMPLED))
+    start = time.perf_counter()
+    rollouts = task.explored(queries, _CONFIGURATIONS)
+    search = len(rollouts) / (time.perf_counter() - start)
+    after = _rivals(task, queries, random.Random(1).sample(rollouts, _SAMPLED))
+    one, batch = (statistics.median(rates) for rates in zip(before, after, strict=True))
     return [
         Line("explore", search / one, ">= 8", search, one, "rollouts/s"),
         Line("explore_batched", search / batch, ">= 4", search, batch, "rollouts/s"),
     ]
+
+
+def _rivals(task: "Task", queries: Sequence[Query], rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """Rates of both rivals, in rollouts a second; the rollouts of the search are compared with theirs."""
+    by_id = {query.id: query for query in queries}
+    start = time.perf_counter()
+    outputs = []
+    for rollout in rollouts:
+        asked = by_id[rollout.id]
+        outputs += swap_and_generate(task.slm, task.stack, [asked], rollout.pruned_layers, [task.limit(asked)])
+    one = len(rollouts) / (time.perf_counter() - start)
+    differ = sum(not _same(r, output, by_id[r.id]) for r, output in zip(rollouts, outputs, strict=True))
+    log.info("explore: %d of %d rollouts differ, by near-ties of the two likeliest tokens", differ, len(rollouts))
+    together = queries[:_BATCH]
+    limits = [task.limit(query) for query in together]
+    start = time.perf_counter()
+    for rollout in rollouts[:2]:
+        swap_and_generate(task.slm, task.stack, together, rollout.pruned_layers, limits)
+    return one, 2 * len(together) / (time.perf_counter() - start)
 
 
 def _same(rollout: Rollout, output: str, query: Query) -> bool:
@@ -80,7 +86,7 @@ def _same(rollout: Rollout, output: str, query: Query) -> bool:
 
 def explore_shards(run: Run) -> Line:
     """Two worker processes of one thread each, against one process with all threads."""
-    queries = run.queries("train", _QUERIES, "bench")
+    queries = run.queries("train", _SHARED_QUERIES, "bench")
     parts = (queries[::2], queries[1::2])
     with ProcessPoolExecutor(
         2, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(portable_config(run),)
@@ -88,10 +94,10 @@ def explore_shards(run: Run) -> Line:
         # Both have loaded the SLM when both have answered.
         list(pool.map(_explore_in_worker, [part[:1] for part in parts], [2, 2]))
         start = time.perf_counter()
-        count = sum(pool.map(_explore_in_worker, parts, [6, 6]))
+        count = sum(pool.map(_explore_in_worker, parts, [_SHARED_CONFIGURATIONS] * 2))
         this = count / (time.perf_counter() - start)
     start = time.perf_counter()
-    against = len(Task.of(run).explored(queries, 6)) / (time.perf_counter() - start)
+    against = len(Task.of(run).explored(queries, _SHARED_CONFIGURATIONS)) / (time.perf_counter() - start)
     return Line("explore_shards", this / against, ">= 1", this, against, "rollouts/s")
 
 
