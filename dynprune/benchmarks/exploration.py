@@ -34,7 +34,7 @@ _CONFIGURATIONS = 20
 _SAMPLED = 12
 _BATCH = 16
 # What the worker processes share out.
-_SHARED_QUERIES, _SHARED_CONFIGURATIONS = 16, 6
+_SHARED_QUERIES, _SHARED_CONFIGURATIONS = 12, 6
 
 
 def explore_lines(run: Run) -> list[Line]:
