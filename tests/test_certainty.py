@@ -75,6 +75,8 @@ ONE = query({"name": "f", "arguments": {"a": 12, "b": "ab", "c": [1, {"a": True}
         ("", ""),
         (" ", ""),
         ("`", ""),
+        ("\ufffd", ""),
+        ('[{"name": "f", "arguments": {"b": "ab\ufffd', ""),
         ("[", ""),
         ('{"name": "f", "argu', ""),
         ('[{"name": "f", "arguments": {"a": 1', ""),

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.benchmarks.line import Line, portable_config, untrained_stack
+from dynprune.benchmarks.line import Line, untrained_stack
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.rollouts import Rollout
 from dynprune.data.tasks import Query
@@ -25,7 +25,7 @@ from dynprune.metrics.certainty import LOST, Lost
 from dynprune.metrics.scores import SCORES
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
-from dynprune.stages.run import Run
+from dynprune.stages.run import Run, portable_config
 
 log = logging.getLogger(__name__)
 _SCORE = "json_match"

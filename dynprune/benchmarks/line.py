@@ -5,10 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from omegaconf import DictConfig, OmegaConf
-
 from dynprune.adapters.stack import AdapterStack
-from dynprune.stages.run import Run, plain
+from dynprune.stages.run import Run
 
 PRUNED = (3, 7, 12, 18, 22, 26)
 """Six layers of the embedded SLM's 30."""
@@ -59,8 +57,3 @@ def untrained_stack(run: Run) -> AdapterStack:
     """Adapters that change nothing yet; they cost what trained ones do."""
     stack = AdapterStack(run.slm.num_layers, run.slm.hidden_size, run.config.adapter.bottleneck)
     return stack.to(device=run.slm.device, dtype=run.slm.model.dtype).requires_grad_(False)
-
-
-def portable_config(run: Run) -> DictConfig:
-    """The run's configuration for another process, where Hydra's own values are not known."""
-    return OmegaConf.create(plain(run.config))

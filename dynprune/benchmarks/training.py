@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.benchmarks.line import PRUNED, Line, in_turns, portable_config
+from dynprune.benchmarks.line import PRUNED, Line, in_turns
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.data.prompts import render_router_input
 from dynprune.methods.dpo import DirectPreferenceOptimization
@@ -22,7 +22,7 @@ from dynprune.router.inputs import RouterInputs
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import ConditionalBernoulliPolicy, SinkhornPolicy
 from dynprune.stages.router import new_policy, new_router
-from dynprune.stages.run import Run
+from dynprune.stages.run import Run, portable_config
 
 
 def distill(run: Run) -> Line:

@@ -91,6 +91,9 @@ def explore(
     for number, continuation in queue:
         search, configuration = owner_of.pop(number)
         output = slm.decode(continuation.token_ids)
+        if continuation.cut:
+            # The cut may go through a character.
+            output = output.rstrip("\ufffd")
         search.outputs[configuration] = Rollout(
             search.query.id, configuration, score(output, search.query), output, continuation.cut
         )

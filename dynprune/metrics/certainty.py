@@ -57,7 +57,8 @@ def _calls_so_far(output: str) -> Iterator[tuple[list[Any], bool]]:
         The calls without what they have only begun, and False; then the same with the text that they have begun, if they end
         within one, and True. Nothing if nothing can be said.
     """
-    text = output.strip()
+    # A character that has only begun is decoded as a replacement; it may turn out to be white space.
+    text = output.rstrip("\ufffd").strip()
     # A fence around the answer is taken off before it is read; what is in it is not looked at here.
     if not text or text.startswith("`"):
         return

@@ -1,20 +1,32 @@
 """The stage ``explore``: tries configurations on queries and keeps every rollout."""
 
+import logging
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_context, parent_process
+from multiprocessing.queues import Queue
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
-from dynprune.data.rollouts import RolloutWriter
+from dynprune.data.rollouts import Rollout, RolloutWriter
+from dynprune.data.tasks import Query
 from dynprune.exploration.engine import explore as explore_queries
 from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, digest, once_a_run, plain
+from dynprune.stages.run import Run, digest, once_a_run, plain, portable_config
 
+log = logging.getLogger(__name__)
 VERSION = 2
+# A process takes some 20 s to start, in which so many queries could have been explored.
+_LEAST_QUERIES = 50
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @once_a_run
@@ -28,7 +40,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
     settings = run.config.exploration
     key = "max_queries" if split == "train" else "max_validation_queries"
     queries = run.queries(split, settings[key], f"exploration.{key}")
-    score = get_score(settings.score)
+    get_score(settings.score)
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -43,22 +55,100 @@ def explore(run: Run, split: str = "train") -> Artifact:
         writer = RolloutWriter(folder, num_layers=run.slm.num_layers, score=settings.score)
         done = writer.completed_ids
         left = [query for query in queries if query.id not in done]
-        counts = {"queries": len(queries), "resumed_queries": len(done)}
-        with pruner_of(run, adapters_artifact) as pruner:
-            searches = explore_queries(
-                run.slm,
-                pruner,
-                left,
-                instantiate(settings.strategy),
-                score,
-                LOST.get(settings.score),
-                settings.max_tokens_margin,
-                run.config.hardware.batch_size,
-                int(run.config.hardware.shared_gib * 2**30),
-                run.config.seed,
-            )
-            for rollouts in track(searches, f"exploring {split} queries", len(left)):
-                writer.append(rollouts)
-        return counts
+        processes = min(run.config.hardware.explore_processes, len(left) // _LEAST_QUERIES)
+        searches = (
+            _explored(run, adapters_artifact, left, run.config.hardware.shared_gib)
+            if processes < 2
+            else _explored_in_processes(run, adapters_artifact, left, processes)
+        )
+        for rollouts in track(searches, f"exploring {split} queries", len(left)):
+            writer.append(rollouts)
+        return {"queries": len(queries), "resumed_queries": len(done)}
 
     return run.store.get_or_build("explore", VERSION, config, digest(queries), upstream, build, resumable=True)
+
+
+def _explored(run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_gib: float) -> Iterator[list[Rollout]]:
+    settings = run.config.exploration
+    with pruner_of(run, artifact) as pruner:
+        yield from explore_queries(
+            run.slm,
+            pruner,
+            queries,
+            instantiate(settings.strategy),
+            get_score(settings.score),
+            LOST.get(settings.score),
+            settings.max_tokens_margin,
+            run.config.hardware.batch_size,
+            int(shared_gib * 2**30),
+            run.config.seed,
+        )
+
+
+def _explored_in_processes(
+    run: Run, artifact: Artifact | None, queries: Sequence[Query], processes: int
+) -> Iterator[list[Rollout]]:
+    """Shares queries, threads and memory out to processes, each with an SLM of its own.
+
+    Raises:
+        RuntimeError: If one of the processes dies.
+    """
+    context = get_context("spawn")
+    results: Queue[list[Rollout] | Exception | None] = context.Queue()
+    threads = max(1, torch.get_num_threads() // processes)
+    shared_gib = run.config.hardware.shared_gib / processes
+    workers = [
+        context.Process(
+            target=_work,
+            args=(portable_config(run), artifact, queries[number::processes], shared_gib, threads, results),
+            daemon=True,
+        )
+        for number in range(processes)
+    ]
+    log.info("exploring in %d processes, %d threads each", processes, threads)
+    for worker in workers:
+        worker.start()
+    try:
+        working = processes
+        while working:
+            try:
+                result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
+            except Empty:
+                codes = [worker.exitcode for worker in workers if worker.exitcode]
+                if codes:
+                    raise RuntimeError(
+                        f"a process that explored ended with exit code {codes[0]}, for lack of memory perhaps; what is done is "
+                        "kept: type the same command again, with hardware.explore_processes=1"
+                    ) from None
+                continue
+            if isinstance(result, Exception):
+                raise result
+            if result is None:
+                working -= 1
+            else:
+                yield result
+    finally:
+        for worker in workers:
+            worker.terminate()
+
+
+def _work(
+    config: DictConfig,
+    artifact: Artifact | None,
+    queries: Sequence[Query],
+    shared_gib: float,
+    threads: int,
+    results: "Queue[list[Rollout] | Exception | None]",
+) -> None:
+    """What one of several processes does: explores its share and sends the rollouts of each query."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    assert parent is not None
+    try:
+        for rollouts in _explored(Run(config), artifact, queries, shared_gib):
+            if not parent.is_alive():
+                return
+            results.put(rollouts)
+        results.put(None)
+    except Exception as error:
+        results.put(error)

@@ -170,6 +170,11 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
+def portable_config(run: Run) -> DictConfig:
+    """The run's configuration for another process, where Hydra's own values are not known."""
+    return OmegaConf.create(plain(run.config))
+
+
 def content_digest(place: str | None) -> str | None:
     """A hash of the files in a local folder; ``None`` for what is no folder here, such as a Hub id."""
     if place is None or not Path(place).is_dir():
