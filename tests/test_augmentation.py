@@ -56,6 +56,8 @@ def test_what_is_swapped_changes_alike_in_words_answer_and_allowed_answers_and_n
     [
         ("Nothing of it is said", {"a": "Rome", "n": 12}),
         ("Part of a word: Romes, 12th, v12, 12.5, 3.12", {"a": "Rome", "n": 12}),
+        ("Part of a date or a time: 12/10/2023, 10-12-2023, 12:30, 9:12", {"n": 12}),
+        ("Stated once, but of two: add 12", {"a": 12, "n": 12.0}),
     ],
 )
 def test_a_query_that_states_none_of_its_values_stays(words, arguments):

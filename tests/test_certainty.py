@@ -76,6 +76,7 @@ ONE = query({"name": "f", "arguments": {"a": 12, "b": "ab", "c": [1, {"a": True}
         (" ", ""),
         ("`", ""),
         ("\ufffd", ""),
+        ('[{"name": "f", "arguments": {"b": "\\ud83dx"}}]', ""),
         ('[{"name": "f", "arguments": {"b": "ab\ufffd', ""),
         ("[", ""),
         ('{"name": "f", "argu', ""),

@@ -97,3 +97,17 @@ def test_memory_stays_below_the_capacity_and_what_was_used_last_stays(slm, adapt
         assert ran == []
         states.run(slm, pruner, [prompts[5]], [full])
         assert ran == [0, 1, 2, 3]
+
+
+def test_what_is_left_of_a_path_is_its_lower_part(slm, adapters):
+    ran, full = counted_layers(slm), (False,) * L
+    with LayerPruner(slm, adapters) as pruner:
+        one = PromptStates(1 << 30)
+        one.run(slm, pruner, [(1, 2, 3, 4)], [full])
+        # Room for one path and a half: of the first prompt's the lower layers stay.
+        states = PromptStates(one.held_bytes * 3 // 2)
+        states.run(slm, pruner, [(1, 2, 3, 4)], [full])
+        states.run(slm, pruner, [(5, 6, 7, 8)], [full])
+        ran.clear()
+        states.run(slm, pruner, [(1, 2, 3, 4)], [full])
+    assert ran == [2, 3]

@@ -10,6 +10,7 @@ from dynprune.adapters.stack import AdapterStack
 from dynprune.slm.cache import ReservingCache
 from dynprune.slm.generation import Continuation, GenerationQueue, Request, generate_all
 from dynprune.slm.loading import SLM
+from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner, starting_at
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
@@ -171,13 +172,34 @@ def test_rows_that_join_a_running_batch_say_what_they_would_have_said_alone(slm,
     assert [(list(c.token_ids), c.truncated) for c in got] == want
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_where_a_row_is_given_up_depends_neither_on_the_batch_nor_on_drafts(slm, batch_size):
+    slm.model.generation_config.eos_token_id = list(range(0, 257, 9))
+    adapters = random_adapters()
+    rows = prompts(len(ALL))
+    want = [plain_greedy(slm, adapters, p, c, 8) for p, c in zip(rows, ALL, strict=True)]
+
+    def give_up(said: tuple[int, ...]) -> bool:
+        return sum(said) % 5 == 0 or len(said) == 6
+
+    requests = [Request(p, c, 8, (tuple(tokens),), give_up) for p, c, (tokens, _) in zip(rows, ALL, want, strict=True)]
+    with LayerPruner(slm, adapters) as pruner:
+        got = in_order(generate_all(slm, pruner, requests, batch_size))
+    for continuation, (tokens, truncated) in zip(got, want, strict=True):
+        # Token by token: a row of the full length has reached its limit and is not asked about.
+        asked = range(1, len(tokens) + (not truncated))
+        end = next((end for end in asked if give_up(tuple(tokens[:end]))), None)
+        assert continuation.cut == (end is not None)
+        assert list(continuation.token_ids) == tokens[:end]
+
+
 def test_requests_may_come_while_results_are_taken(slm):
     adapters = random_adapters()
     rows = prompts(len(ALL))
     want = [plain_greedy(slm, adapters, p, c, 6)[0] for p, c in zip(rows, ALL, strict=True)]
     got = {}
     with LayerPruner(slm, adapters) as pruner:
-        queue = GenerationQueue(slm, pruner, batch_size=4)
+        queue = GenerationQueue(slm, pruner, batch_size=4, states=PromptStates(0))
         queue.submit(0, Request(rows[0], ALL[0], 6))
         for key, continuation in queue:
             got[key] = list(continuation.token_ids)

@@ -322,3 +322,12 @@ def test_a_share_is_exact_where_its_product_is_not():
 def test_a_share_outside_of_zero_to_one_is_refused(share):
     with pytest.raises(ValueError, match=r"method\.min_share_of_deepest="):
         keep_successful([], 1.0, share)
+
+
+def test_shards_are_read_in_the_order_of_their_places_not_of_their_writing(tmp_path, writer):
+    for name, place in (("c", 2), ("a", 0), ("d", 7), ("b", 1)):
+        writer.append(rollouts_of(name), place)
+    writer.append(rollouts_of("e"))
+    assert list(dict.fromkeys(rollout.id for rollout in read_rollouts(tmp_path))) == ["a", "b", "c", "d", "e"]
+    with pytest.raises(ValueError, match="at the same time"):
+        writer.append(rollouts_of("f"), 7)

@@ -7,7 +7,7 @@ a value from the query, to choose a tool, or to answer with several calls.
 import json
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +18,8 @@ _MOST_TOOLS = 4
 _MOST_CALLS = 4
 _CHANCE_TO_DROP = 0.3
 _YEARS = (1700, 2100)
-# A number is not part of a word, of a longer number or of a decimal.
-_BOUND = (r"(?<![\w.,])", r"(?!\w|[.,]\d)")
+# A number is not part of a word, of a longer number, a decimal, a date or a time.
+_BOUND = (r"(?<![\w.,/:-])", r"(?![\w/-]|[.,:]\d)")
 
 
 def swap_values(query: Query, values: Mapping[str, Sequence[str]], rng: random.Random) -> Query:
@@ -40,12 +40,17 @@ def swap_values(query: Query, values: Mapping[str, Sequence[str]], rng: random.R
     words = "\n".join(_user_words(query))
     enumerated = _enumerated(query.tools)
     swaps: dict[str, str] = {}
-    for leaf in _leaves([call["arguments"] for call in query.answers]):
+    leaves = list(_leaves([call["arguments"] for call in query.answers]))
+    repeated = Counter(_text(leaf) for leaf in leaves)
+    for leaf in leaves:
         text = _text(leaf)
-        if text is not None and text not in enumerated and re.search(_pattern(text), words):
-            swaps[text] = (
-                _other_number(text, rng) if not isinstance(leaf, str) else rng.choice(values.get(_shape(text), [text]))
-            )
+        if text is None or text in enumerated:
+            continue
+        stated = len(re.findall(_pattern(text), words))
+        # Where an answer repeats a value more often than the query states it, one of them stands for something else.
+        if stated >= repeated[text]:
+            same_shape = values.get(_shape(text), [text])
+            swaps[text] = rng.choice(same_shape) if isinstance(leaf, str) else _other_number(text, rng)
     if not swaps or len(set(swaps.values())) < len(swaps):
         return query
     pattern = re.compile("|".join(_pattern(text) for text in sorted(swaps, key=len, reverse=True)))

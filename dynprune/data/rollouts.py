@@ -83,11 +83,13 @@ class RolloutWriter:
         self.completed_ids = completed_ids(folder)
         self._next = 1 + int(paths[-1].stem.rpartition("-")[2]) if paths else 0
 
-    def append(self, rollouts: Sequence[Rollout]) -> None:
+    def append(self, rollouts: Sequence[Rollout], place: int | None = None) -> None:
         """Write one shard; when this returns, it is on the disk.
 
         Args:
             rollouts: All rollouts of some queries, each query's one after another; none writes nothing.
+            place: Where the shard stands among all, so that their order does not depend on which query ends first; ``None``
+                puts it behind the last.
 
         Raises:
             ValueError: A query is in the folder already or comes twice, or a rollout is malformed; nothing
@@ -105,13 +107,14 @@ class RolloutWriter:
             raise ValueError(f"the rollouts of query {apart!r} must be appended one after another")
         for rollout in rollouts:
             _check_rollout(rollout, self._header.num_layers)
-        path = self._folder / _SHARDS.replace("*", f"{self._next:06d}")
+        number = self._next if place is None else place
+        path = self._folder / _SHARDS.replace("*", f"{number:06d}")
         if path.exists():
             raise ValueError(f"another process writes into {self._folder} at the same time; stop one of them")
         table = pa.Table.from_pylist([vars(rollout) for rollout in rollouts], schema=with_header(_SCHEMA, self._header))
         with replacing(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
-        self._next += 1
+        self._next = max(self._next, number + 1)
         self.completed_ids.update(ids)
 
 
@@ -154,7 +157,7 @@ def read_header(folder: Path) -> Header:
 
 
 def shards(folder: Path) -> list[Path]:
-    """List the shards of a folder in the order of their writing.
+    """List the shards of a folder in their order.
 
     Args:
         folder: A folder that `RolloutWriter` wrote.
@@ -184,7 +187,7 @@ def read_shard(path: Path) -> Iterator[Rollout]:
 
 
 def read_rollouts(folder: Path) -> Iterator[Rollout]:
-    """Read all rollouts of a folder, some rows at a time, in the order of their writing.
+    """Read all rollouts of a folder, some rows at a time, in their order.
 
     Args:
         folder: A folder that `RolloutWriter` wrote.

@@ -8,6 +8,7 @@ from dynprune.data.tasks import Query
 from dynprune.metrics.scores import SCORES
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.loading import SLM
+from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner
 
 
@@ -40,6 +41,7 @@ def run_queries(
     drafts: Mapping[str, tuple[int, ...]],
     max_new_tokens: int,
     batch_size: int,
+    states: PromptStates | None = None,
 ) -> Iterator[Sample]:
     """Generates and scores the answer of each query under its configuration.
 
@@ -51,6 +53,7 @@ def run_queries(
         drafts: By query id, an output that may well come again; they change the speed, not the outputs.
         max_new_tokens: Limit of each output, stop token included.
         batch_size: Queries generated together.
+        states: What several rows of the table share of the same queries; ``None`` for a row of its own.
 
     Yields:
         A sample for each query, in the order in which they finish.
@@ -64,7 +67,7 @@ def run_queries(
         )
         for query, configuration in zip(queries, configurations, strict=True)
     ]
-    for position, continuation in generate_all(slm, pruner, requests, batch_size):
+    for position, continuation in generate_all(slm, pruner, requests, batch_size, states):
         query = queries[position]
         output = slm.decode(continuation.token_ids)
         yield Sample(

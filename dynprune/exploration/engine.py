@@ -1,8 +1,9 @@
 """The rollout engine: drives one search per query, many at once, so that batches fill across queries.
 
 Each configuration that a search proposes is generated with drafts: what other configurations have answered to the same query,
-the most frequent answer first, and the reference answer. See `dynprune.slm.generation` on why the outputs are those of plain
-greedy decoding. An output is cut where its score is certain to be 0 already, see `dynprune.metrics.certainty`.
+the most frequent answers first, and before there are any the reference answer. See `dynprune.slm.generation` on why the
+outputs are those of plain greedy decoding. An output is cut where its score is certain to be 0 already, see
+`dynprune.metrics.certainty`.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Configuration, Proposals, Strategy
 from dynprune.slm.generation import GenerationQueue, Request
 from dynprune.slm.loading import SLM
+from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner
 
 # Searches under way at once, by rows of a batch: some are between two proposals, and each keeps what its prompt shares.
@@ -70,7 +72,7 @@ def explore(
     Yields:
         All rollouts of one query, as soon as its search ends; not in the order of the queries.
     """
-    queue = GenerationQueue(slm, pruner, batch_size, shared_bytes)
+    queue = GenerationQueue(slm, pruner, batch_size, PromptStates(shared_bytes))
     waiting = iter(queries)
     numbers = itertools.count()
     owner_of: dict[int, tuple[_Search, Configuration]] = {}

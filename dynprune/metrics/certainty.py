@@ -5,6 +5,7 @@ sound, not complete: where it says that an output is lost, no continuation score
 may not. Scores without a rule need the whole output.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -60,7 +61,8 @@ def _calls_so_far(output: str) -> Iterator[tuple[list[Any], bool]]:
     # A character that has only begun is decoded as a replacement; it may turn out to be white space.
     text = output.rstrip("\ufffd").strip()
     # A fence around the answer is taken off before it is read; what is in it is not looked at here.
-    if not text or text.startswith("`"):
+    # Halves of surrogate pairs are read by Python's parser alone.
+    if not text or text.startswith("`") or re.search(r"\\u[dD][89a-fA-F]", text):
         return
     try:
         # A number at the end may go on.

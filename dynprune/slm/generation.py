@@ -7,11 +7,11 @@ what it would have generated, and the draft is dropped. The outputs are those of
 near-tie can fall the other way, since a pass over many tokens or rows rounds differently from a pass over one.
 
 Shapes: B = rows in the batch, T = slots of the cache, C = tokens of a row in a pass, N = new tokens, D = drafts of a row,
-L = layers, V = vocabulary.
+L = layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,19 +76,19 @@ class GenerationQueue:
     Iterating yields the key of a request and its continuation, in the order in which they finish.
     """
 
-    def __init__(self, slm: SLM, pruner: LayerPruner, batch_size: int, shared_bytes: int = 0) -> None:
+    def __init__(self, slm: SLM, pruner: LayerPruner, batch_size: int, states: PromptStates) -> None:
         """Starts empty.
 
         Args:
             slm: The SLM.
             pruner: Its pruner, entered.
             batch_size: Rows generated together, at most.
-            shared_bytes: Memory for what configurations of one prompt share; 0 where no prompt comes twice.
+            states: What configurations of one prompt share; it may serve several queues of the same SLM and adapters.
         """
         self._slm = slm
         self._pruner = pruner
         self._batch_size = batch_size
-        self._states = PromptStates(shared_bytes)
+        self._states = states
         self._waiting: dict[int, Request] = {}
         self._may_draft = True
 
@@ -116,8 +116,10 @@ class GenerationQueue:
         few_left = live <= _RENEW_BELOW * len(batch.rows)
         if not few_left and min(len(self._waiting), room) < _WAITING_PER_ROW * live:
             return batch
-        # Longest first: if a batch does not fit the memory, that shows at once.
-        keys = sorted(self._waiting, key=lambda key: len(self._waiting[key].prompt), reverse=True)
+        # Prompts of similar length together, from wherever the rows are that have waited longest.
+        first = next(iter(self._waiting), None)
+        length = len(self._waiting[first].prompt) if first is not None else 0
+        keys = sorted(self._waiting, key=lambda key: abs(len(self._waiting[key].prompt) - length))
         started = self._started({key: self._waiting.pop(key) for key in keys[:room]})
         return _Batch(self._slm, self._pruner, [*batch.live_rows(), *started])
 
@@ -135,14 +137,21 @@ class GenerationQueue:
 
 
 def generate_all(
-    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], batch_size: int
+    slm: SLM, pruner: LayerPruner, requests: Sequence[Request], batch_size: int, states: PromptStates | None = None
 ) -> Iterator[tuple[int, Continuation]]:
     """Generates requests that are all known at the start; see `GenerationQueue`.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner, entered.
+        requests: The requests.
+        batch_size: Rows generated together, at most.
+        states: What configurations of one prompt share; ``None`` where no prompt comes twice.
 
     Yields:
         The position of a request and its continuation, in the order in which they finish.
     """
-    queue = GenerationQueue(slm, pruner, batch_size)
+    queue = GenerationQueue(slm, pruner, batch_size, PromptStates(0) if states is None else states)
     for position, request in enumerate(requests):
         queue.submit(position, request)
     yield from queue
@@ -184,7 +193,8 @@ class _Batch:
 
     def __init__(self, slm: SLM, pruner: LayerPruner, rows: Sequence[_Row]) -> None:
         """Fills the cache with the rows and puts their configurations in force."""
-        self.rows = rows
+        # Without what they brought: those keys and values are views that would keep the last batch's cache.
+        self.rows = [replace(row, key_values=()) for row in rows]
         self._slm = slm
         self._live_B = torch.ones(len(rows), dtype=torch.bool, device=slm.device)
         if not rows:
@@ -254,13 +264,13 @@ class _Batch:
         right_BC = (columns_C <= agreed_B[:, None]).long()
         self._attention_BT = torch.cat([self._attention_BT, right_BC], dim=1)
         self._position_B = self._position_B + 1 + agreed_B
-        before_B = self._live_B
+        live_before_B, length_before_B = self._live_B, self._length_B
         for column in range(count):
             self._say(likeliest_BC[:, column], column <= agreed_B, column < agreed_B)
         last_B = self._said_BN.gather(1, (self._length_B - 1).clamp(min=0)[:, None])[:, 0]
         self._last_B = torch.where(self._length_B > 0, last_B, self._last_B)
-        cut = self._give_up()
-        finished = (before_B & ~self._live_B).nonzero()[:, 0].tolist()
+        cut = self._give_up(length_before_B)
+        finished = (live_before_B & ~self._live_B).nonzero()[:, 0].tolist()
         for place in finished:
             yield (
                 self.rows[place].key,
@@ -301,13 +311,24 @@ class _Batch:
         self._stopped_B = self._stopped_B | stop_B
         self._live_B = self._live_B & ~stop_B & (self._length_B < self._limit_B)
 
-    def _give_up(self) -> set[int]:
-        """Ends the rows whose requests say so."""
+    def _give_up(self, before_B: Tensor) -> set[int]:
+        """Ends the rows whose requests say so, at the token where they say it first.
+
+        Args:
+            before_B: Lengths of the rows before this pass, which may have added several tokens.
+        """
         cut = set()
-        for place in self._live_B.nonzero()[:, 0].tolist():
-            give_up = self.rows[place].request.give_up
-            if give_up is not None and give_up(self._said(place)):
+        for place, row in enumerate(self.rows):
+            if row.request.give_up is None or int(before_B[place]) == int(self._length_B[place]):
+                continue
+            said = self._said(place)
+            # Token by token, what has reached its limit is not looked at any more, but what is about to stop is.
+            looked_at = bool(self._live_B[place] | self._stopped_B[place])
+            ends = range(int(before_B[place]) + 1, len(said) + looked_at)
+            end = next((end for end in ends if row.request.give_up(said[:end])), None)
+            if end is not None:
                 cut.add(place)
+                self._length_B[place] = end
                 self._live_B[place] = False
         return cut
 

@@ -137,6 +137,9 @@ class PromptStates:
                 states[row].append(own)
                 if self._capacity:
                     self._keep(prompt, configuration[: index + 1], _Node(outputs[index - first][row, width - length :], own))
+            if self._capacity:
+                # Puts the new nodes in the order in which they go.
+                self._path(prompt, configuration)
         self._evict()
         return states
 

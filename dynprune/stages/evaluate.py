@@ -18,6 +18,7 @@ from dynprune.evaluation.latency import Chooser, Timing, time_rows
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.static_search import greedy_static_sets
 from dynprune.metrics.scores import mean_scores
+from dynprune.slm.prompt_states import PromptStates
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.router import chooser, router
@@ -60,10 +61,13 @@ def evaluate(run: Run) -> Evaluation:
     rows = _rows(run)
     samples: dict[str, list[Sample]] = {}
     drafts: Mapping[str, tuple[int, ...]] = {}
+    # Two rows share what a prompt is below the first layer in which their configurations differ.
+    states = PromptStates(int(run.config.hardware.shared_gib * 2**30))
     for row in rows:
-        samples[row.name] = _run_row(run, row, queries, drafts)
+        samples[row.name] = _run_row(run, row, queries, drafts, states)
         if row.name == "original":
             drafts = {s.id: s.token_ids for s in samples[row.name]}
+    del states
     return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
 
 
@@ -134,7 +138,9 @@ def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
     return lambda query: layers
 
 
-def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, tuple[int, ...]]) -> list[Sample]:
+def _run_row(
+    run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, tuple[int, ...]], states: PromptStates
+) -> list[Sample]:
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -161,7 +167,7 @@ def _run_row(run: Run, row: Row, queries: Sequence[Query], drafts: Mapping[str, 
         samples = []
         with pruner_of(run, adapters_artifact) as pruner:
             results = run_queries(
-                run.slm, pruner, queries, configurations, drafts or references, limit, run.config.hardware.batch_size
+                run.slm, pruner, queries, configurations, drafts or references, limit, run.config.hardware.batch_size, states
             )
             for sample in track(results, f"evaluating {row.name}", len(queries)):
                 samples.append(sample)

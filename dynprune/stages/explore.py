@@ -1,7 +1,9 @@
 """The stage ``explore``: tries configurations on queries and keeps every rollout."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -61,14 +63,19 @@ def explore(run: Run, split: str = "train") -> Artifact:
             if processes < 2
             else _explored_in_processes(run, adapters_artifact, left, processes)
         )
-        for rollouts in track(searches, f"exploring {split} queries", len(left)):
-            writer.append(rollouts)
+        # What is trained on them reads the rollouts in this order, whichever query ends first.
+        place_of = {query.id: place for place, query in enumerate(queries)}
+        with closing(searches):
+            for rollouts in track(searches, f"exploring {split} queries", len(left)):
+                writer.append(rollouts, place_of[rollouts[0].id])
         return {"queries": len(queries), "resumed_queries": len(done)}
 
     return run.store.get_or_build("explore", VERSION, config, digest(queries), upstream, build, resumable=True)
 
 
-def _explored(run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_gib: float) -> Iterator[list[Rollout]]:
+def _explored(
+    run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_gib: float
+) -> Generator[list[Rollout], None, None]:
     settings = run.config.exploration
     with pruner_of(run, artifact) as pruner:
         yield from explore_queries(
@@ -87,49 +94,54 @@ def _explored(run: Run, artifact: Artifact | None, queries: Sequence[Query], sha
 
 def _explored_in_processes(
     run: Run, artifact: Artifact | None, queries: Sequence[Query], processes: int
-) -> Iterator[list[Rollout]]:
+) -> Generator[list[Rollout], None, None]:
     """Shares queries, threads and memory out to processes, each with an SLM of its own.
 
     Raises:
-        RuntimeError: If one of the processes dies.
+        RuntimeError: If one of the processes fails or dies.
     """
+    # What is wrong with the strategy's settings is said here, not by each process.
+    instantiate(run.config.exploration.strategy)
     context = get_context("spawn")
-    results: Queue[list[Rollout] | Exception | None] = context.Queue()
+    results: Queue[tuple[int, list[Rollout] | str | None]] = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     shared_gib = run.config.hardware.shared_gib / processes
-    workers = [
-        context.Process(
+    workers = {
+        number: context.Process(
             target=_work,
-            args=(portable_config(run), artifact, queries[number::processes], shared_gib, threads, results),
+            args=(portable_config(run), artifact, queries[number::processes], shared_gib, threads, number, results),
             daemon=True,
         )
         for number in range(processes)
-    ]
+    }
     log.info("exploring in %d processes, %d threads each", processes, threads)
-    for worker in workers:
-        worker.start()
     try:
-        working = processes
+        for worker in workers.values():
+            worker.start()
+        working = set(workers)
         while working:
+            # Looked at before the queue is: what a process sent before it ended is in the queue then.
+            ended = [number for number in working if not workers[number].is_alive()]
             try:
-                result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
+                number, result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
             except Empty:
-                codes = [worker.exitcode for worker in workers if worker.exitcode]
-                if codes:
+                if ended:
                     raise RuntimeError(
-                        f"a process that explored ended with exit code {codes[0]}, for lack of memory perhaps; what is done is "
-                        "kept: type the same command again, with hardware.explore_processes=1"
+                        f"a process that explored ended with exit code {workers[ended[0]].exitcode}, for lack of memory "
+                        "perhaps; what is done is kept: type the same command again, with hardware.explore_processes=1"
                     ) from None
                 continue
-            if isinstance(result, Exception):
-                raise result
+            if isinstance(result, str):
+                raise RuntimeError(f"a process that explored failed:\n{result}")
             if result is None:
-                working -= 1
+                working.remove(number)
             else:
                 yield result
     finally:
-        for worker in workers:
-            worker.terminate()
+        for worker in workers.values():
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
 
 
 def _work(
@@ -138,7 +150,8 @@ def _work(
     queries: Sequence[Query],
     shared_gib: float,
     threads: int,
-    results: "Queue[list[Rollout] | Exception | None]",
+    number: int,
+    results: "Queue[tuple[int, list[Rollout] | str | None]]",
 ) -> None:
     """What one of several processes does: explores its share and sends the rollouts of each query."""
     torch.set_num_threads(threads)
@@ -148,7 +161,8 @@ def _work(
         for rollouts in _explored(Run(config), artifact, queries, shared_gib):
             if not parent.is_alive():
                 return
-            results.put(rollouts)
-        results.put(None)
-    except Exception as error:
-        results.put(error)
+            results.put((number, rollouts))
+        results.put((number, None))
+    except Exception:
+        # Not the exception itself: not every one survives the way to another process.
+        results.put((number, traceback.format_exc()))
