@@ -111,3 +111,8 @@ def test_what_is_left_of_a_path_is_its_lower_part(slm, adapters):
         ran.clear()
         states.run(slm, pruner, [(1, 2, 3, 4)], [full])
     assert ran == [2, 3]
+
+
+def test_negative_memory_is_refused():
+    with pytest.raises(ValueError, match=r"hardware.shared_gib=-1 is negative; allowed: 0"):
+        PromptStates(-(1 << 30))

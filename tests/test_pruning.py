@@ -326,3 +326,12 @@ def test_a_pass_that_starts_at_a_layer_with_its_known_input_ends_as_the_whole_pa
         again = slm.model(input_ids=ids).logits
     assert torch.equal(got, want)
     assert torch.equal(again, want)
+
+
+def test_a_batch_of_no_rows_is_refused(make_slm):
+    slm = make_slm()
+    with (
+        LayerPruner(slm) as pruner,
+        pytest.raises(ValueError, match=r"hardware.batch_size=0 leaves no row; allowed: at least 1"),
+    ):
+        GenerationQueue(slm, pruner, 0, PromptStates(0))

@@ -84,7 +84,12 @@ class GenerationQueue:
             pruner: Its pruner, entered.
             batch_size: Rows generated together, at most.
             states: What configurations of one prompt share; it may serve several queues of the same SLM and adapters.
+
+        Raises:
+            ValueError: If the batch size is below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"hardware.batch_size={batch_size} leaves no row; allowed: at least 1")
         self._slm = slm
         self._pruner = pruner
         self._batch_size = batch_size

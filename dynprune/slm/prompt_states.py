@@ -55,7 +55,12 @@ class PromptStates:
 
         Args:
             capacity: Bytes to keep at most; 0 keeps nothing.
+
+        Raises:
+            ValueError: If it is negative.
         """
+        if capacity < 0:
+            raise ValueError(f"hardware.shared_gib={capacity / 2**30:g} is negative; allowed: 0, which shares nothing, or more")
         self._capacity = capacity
         self._nodes: OrderedDict[tuple[Prompt, Choices], _Node] = OrderedDict()
         self.held_bytes = 0
