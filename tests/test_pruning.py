@@ -145,12 +145,17 @@ def test_mixed_batches_with_and_without_drafts_say_what_single_rows_say(slm):
             assert all(got[i].accepted == len(got[i].token_ids) for i in got)
 
 
-def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
-    slm.model.generation_config.eos_token_id = list(range(0, 257, 3))
-    adapters = random_adapters()
-    rows = prompts(len(ALL))
-    want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
+def stopping_at_each(slm: SLM, step: int, limit: int) -> tuple[AdapterStack, list, list]:
+    """Adapters, a prompt for each configuration, and what each says alone where every so many tokens stop it."""
+    slm.model.generation_config.eos_token_id = list(range(0, 257, step))
+    adapters, rows = random_adapters(), prompts(len(ALL))
+    want = [plain_greedy(slm, adapters, p, c, limit) for p, c in zip(rows, ALL, strict=True)]
     assert len({len(tokens) for tokens, _ in want}) > 1
+    return adapters, rows, want
+
+
+def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
+    adapters, rows, want = stopping_at_each(slm, 3, 12)
     with LayerPruner(slm, adapters) as pruner:
         requests = [Request(p, c, 12) for p, c in zip(rows, ALL, strict=True)]
         got = in_order(generate_all(slm, pruner, requests, batch_size=len(rows)))
@@ -159,11 +164,7 @@ def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(slm):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_rows_that_join_a_running_batch_say_what_they_would_have_said_alone(slm, batch_size):
-    slm.model.generation_config.eos_token_id = list(range(0, 257, 7))
-    adapters = random_adapters()
-    rows = prompts(len(ALL))
-    want = [plain_greedy(slm, adapters, p, c, 12) for p, c in zip(rows, ALL, strict=True)]
-    assert len({len(tokens) for tokens, _ in want}) > 1
+    adapters, rows, want = stopping_at_each(slm, 7, 12)
     # Drafts that agree for a while leave rejected tokens in the cache of a batch that goes on.
     drafts = [((*tokens[: i % 5], 1, 2), (9,)) for i, (tokens, _) in enumerate(want)]
     requests = [Request(p, c, 12, d) for p, c, d in zip(rows, ALL, drafts, strict=True)]
@@ -174,10 +175,7 @@ def test_rows_that_join_a_running_batch_say_what_they_would_have_said_alone(slm,
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_where_a_row_is_given_up_depends_neither_on_the_batch_nor_on_drafts(slm, batch_size):
-    slm.model.generation_config.eos_token_id = list(range(0, 257, 9))
-    adapters = random_adapters()
-    rows = prompts(len(ALL))
-    want = [plain_greedy(slm, adapters, p, c, 8) for p, c in zip(rows, ALL, strict=True)]
+    adapters, rows, want = stopping_at_each(slm, 9, 8)
 
     def give_up(said: tuple[int, ...]) -> bool:
         return sum(said) % 5 == 0 or len(said) == 6

@@ -29,8 +29,9 @@ from dynprune.stages.run import Run, portable_config
 
 log = logging.getLogger(__name__)
 _SCORE = "json_match"
-_QUERIES = 40
+_QUERIES = 36
 _CONFIGURATIONS = 20
+_FIRST_QUERIES = 4
 _SAMPLED = 12
 _BATCH = 16
 # What the worker processes share out.
@@ -46,7 +47,8 @@ def explore_lines(run: Run) -> list[Line]:
     """
     task = Task.of(run)
     queries = run.queries("train", _QUERIES, "bench")
-    first = task.explored(queries[:_BATCH], 2)
+    # A small search of the same depth, so that both measurements of the rivals are of configurations alike.
+    first = task.explored(queries[:_FIRST_QUERIES], _CONFIGURATIONS)
     before = _rivals(task, queries, random.Random(0).sample(first, _SAMPLED))
     start = time.perf_counter()
     rollouts = task.explored(queries, _CONFIGURATIONS)
@@ -69,7 +71,7 @@ def _rivals(task: "Task", queries: Sequence[Query], rollouts: Sequence[Rollout])
         outputs += swap_and_generate(task.slm, task.stack, [asked], rollout.pruned_layers, [task.limit(asked)])
     one = len(rollouts) / (time.perf_counter() - start)
     differ = sum(not _same(r, output, by_id[r.id]) for r, output in zip(rollouts, outputs, strict=True))
-    log.info("explore: %d of %d rollouts differ, by near-ties of the two likeliest tokens", differ, len(rollouts))
+    log.info("explore: %d of %d rollouts differ from the rival's", differ, len(rollouts))
     together = queries[:_BATCH]
     limits = [task.limit(query) for query in together]
     start = time.perf_counter()
@@ -121,7 +123,7 @@ class Task:
             lost=LOST[_SCORE],
             max_tokens_margin=run.config.exploration.max_tokens_margin,
             batch_size=run.config.hardware.batch_size,
-            shared_bytes=int(run.config.hardware.shared_gib * 2**30),
+            shared_bytes=run.shared_bytes,
         )
 
     def explored(self, queries: Sequence[Query], configurations: int) -> list[Rollout]:

@@ -77,8 +77,8 @@ def stated_values(queries: Sequence[Query]) -> dict[str, list[str]]:
         queries: Where the texts come from.
 
     Returns:
-        Sorted texts for each shape: runs of capitals, of small letters and of digits stand for one such character, except
-        that digits keep their number (``New York`` is ``A a A a`` without the spaces, ``2023-04-25`` is ``0000-00-00``).
+        Sorted texts for each shape: a run of capitals or of small letters stands as one letter, a digit as 0, all else as it is
+        (``New York`` is ``Aa Aa``, ``2023-04-25`` is ``0000-00-00``).
     """
     found: dict[str, set[str]] = defaultdict(set)
     for query in queries:

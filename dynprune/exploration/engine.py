@@ -63,7 +63,7 @@ def explore(
         strategy: Proposes configurations for one query and receives their scores.
         score: Scores an output of the SLM.
         lost: Whether the beginning of an output is certain to score 0; it is cut there. ``None`` cuts nothing.
-        max_tokens_margin: Outputs are cut at so many times the length of the query's reference answer: an SLM that a
+        max_tokens_margin: Outputs may have so many times the tokens of the query's reference answer: an SLM that a
             configuration ruined often talks on and on.
         batch_size: Configurations generated together, over all queries.
         shared_bytes: Memory for what configurations of one query share.

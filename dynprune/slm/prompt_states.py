@@ -37,6 +37,11 @@ class _Node:
     output_Td: Tensor
     key_values: KeyValues | None
 
+    def copied(self) -> "_Node":
+        """The same without the rest of the group's tensors, which a view would keep."""
+        own = self.key_values
+        return _Node(self.output_Td.clone(), KeyValues(own.keys.clone(), own.values.clone()) if own else None)
+
     @property
     def nbytes(self) -> int:
         own = self.key_values
@@ -141,7 +146,8 @@ class PromptStates:
                 own = None if pruned else keys_and_values(cache, index, among_kept_BL[row][index], tokens)
                 states[row].append(own)
                 if self._capacity:
-                    self._keep(prompt, configuration[: index + 1], _Node(outputs[index - first][row, width - length :], own))
+                    node = _Node(outputs[index - first][row, width - length :], own)
+                    self._keep(prompt, configuration[: index + 1], node if len(prompts) == 1 else node.copied())
             if self._capacity:
                 # Puts the new nodes in the order in which they go.
                 self._path(prompt, configuration)

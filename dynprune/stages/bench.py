@@ -52,7 +52,7 @@ def bench(run: Run) -> Path:
     with replacing(target) as path:
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     figure = target.parent / "scaling.png"
-    plot_scaling(measure_scaling(run.config.hardware.batch_size, int(run.config.hardware.shared_gib * 2**30)), figure)
+    plot_scaling(measure_scaling(run.config.hardware.batch_size, run.shared_bytes), figure)
     table = Table("line", "ratio", "target", "this", "against", "unit")
     for line in lines:
         table.add_row(line.name, f"{line.ratio:.2f}", line.target, f"{line.this:.4g}", f"{line.against:.4g}", line.unit)

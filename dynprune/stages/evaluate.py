@@ -62,7 +62,7 @@ def evaluate(run: Run) -> Evaluation:
     samples: dict[str, list[Sample]] = {}
     drafts: Mapping[str, tuple[int, ...]] = {}
     # Two rows share what a prompt is below the first layer in which their configurations differ.
-    states = PromptStates(int(run.config.hardware.shared_gib * 2**30))
+    states = PromptStates(run.shared_bytes)
     for row in rows:
         samples[row.name] = _run_row(run, row, queries, drafts, states)
         if row.name == "original":

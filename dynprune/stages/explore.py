@@ -42,6 +42,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
     settings = run.config.exploration
     key = "max_queries" if split == "train" else "max_validation_queries"
     queries = run.queries(split, settings[key], f"exploration.{key}")
+    # A wrong name is refused before adapters are made.
     get_score(settings.score)
     adapters_artifact = adapters(run)
     config = {
@@ -59,7 +60,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
         left = [query for query in queries if query.id not in done]
         processes = min(run.config.hardware.explore_processes, len(left) // _LEAST_QUERIES)
         searches = (
-            _explored(run, adapters_artifact, left, run.config.hardware.shared_gib)
+            _explored(run, adapters_artifact, left, run.shared_bytes)
             if processes < 2
             else _explored_in_processes(run, adapters_artifact, left, processes)
         )
@@ -74,7 +75,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
 
 
 def _explored(
-    run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_gib: float
+    run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_bytes: int
 ) -> Generator[list[Rollout], None, None]:
     settings = run.config.exploration
     with pruner_of(run, artifact) as pruner:
@@ -87,7 +88,7 @@ def _explored(
             LOST.get(settings.score),
             settings.max_tokens_margin,
             run.config.hardware.batch_size,
-            int(shared_gib * 2**30),
+            shared_bytes,
             run.config.seed,
         )
 
@@ -105,11 +106,11 @@ def _explored_in_processes(
     context = get_context("spawn")
     results: Queue[tuple[int, list[Rollout] | str | None]] = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
-    shared_gib = run.config.hardware.shared_gib / processes
+    shared_bytes = run.shared_bytes // processes
     workers = {
         number: context.Process(
             target=_work,
-            args=(portable_config(run), artifact, queries[number::processes], shared_gib, threads, number, results),
+            args=(portable_config(run), artifact, queries[number::processes], shared_bytes, threads, number, results),
             daemon=True,
         )
         for number in range(processes)
@@ -148,7 +149,7 @@ def _work(
     config: DictConfig,
     artifact: Artifact | None,
     queries: Sequence[Query],
-    shared_gib: float,
+    shared_bytes: int,
     threads: int,
     number: int,
     results: "Queue[tuple[int, list[Rollout] | str | None]]",
@@ -158,7 +159,7 @@ def _work(
     parent = parent_process()
     assert parent is not None
     try:
-        for rollouts in _explored(Run(config), artifact, queries, shared_gib):
+        for rollouts in _explored(Run(config), artifact, queries, shared_bytes):
             if not parent.is_alive():
                 return
             results.put((number, rollouts))

@@ -106,6 +106,11 @@ class Run:
             )
         return queries
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory for what configurations of one prompt share, in bytes."""
+        return int(self.config.hardware.shared_gib * 2**30)
+
     @cached_property
     def model_identity(self) -> dict[str, Any]:
         """What identifies the SLM: its configuration, the dtype it gets here and, with a delta, the delta's content."""
