@@ -1,0 +1,166 @@
+"""How likely an SLM finds known answers under some configurations, by teacher forcing: one pass, no generation.
+
+This is the dense reward of a configuration: it tells two configurations apart where a score of the output says 0 for both.
+
+Shapes: B = batch, T = tokens, K = tokens kept for the loss, V = vocabulary, C = configurations, Q = samples, d = hidden size,
+L = layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dynprune.slm.loading import SLM
+from dynprune.slm.pruning import LayerPruner, starting_at
+
+_IGNORED = -100
+
+# Prompt and answer of a sample, as tokens; the answer without a stop token.
+Answered = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """What teacher forcing says of some answers, on the CPU.
+
+    Attributes:
+        nats_B: Summed negative log-likelihood of each answer's tokens and its stop token, in nats.
+        tokens_B: How many tokens these are.
+        right_B: Whether each of them is the most likely one given those before it: greedy decoding would give the answer.
+    """
+
+    nats_B: Tensor
+    tokens_B: Tensor
+    right_B: Tensor
+
+    @property
+    def nats_per_token_B(self) -> Tensor:
+        """Mean negative log-likelihood, in nats a token."""
+        return self.nats_B / self.tokens_B
+
+
+class AnswerBatch:
+    """Samples that are run again and again under other configurations."""
+
+    def __init__(self, ids_BT: Tensor, attention_BT: Tensor, labels_BK: Tensor) -> None:
+        """Binds the tokens; `of` makes them of samples."""
+        self._arguments = {
+            "input_ids": ids_BT,
+            "attention_mask": attention_BT,
+            "position_ids": (attention_BT.cumsum(dim=1) - 1).clamp(min=0),
+            "use_cache": False,
+            "logits_to_keep": labels_BK.shape[1] + 1,
+        }
+        self._labels_BK = labels_BK
+
+    @classmethod
+    def of(cls, slm: SLM, samples: Sequence[Answered]) -> Self:
+        """Pads samples on the left; the labels are the answers, each with its stop token."""
+        stop, pad = slm.tokenizer.eos_token_id, slm.tokenizer.pad_token_id
+        answers = [[*answer, stop] for _, answer in samples]
+        whole = [[*prompt, *answer] for (prompt, _), answer in zip(samples, answers, strict=True)]
+        width, keep = max(map(len, whole)), max(map(len, answers))
+        return cls(
+            torch.tensor([[pad] * (width - len(s)) + s for s in whole], device=slm.device),
+            torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in whole], device=slm.device),
+            torch.tensor([[_IGNORED] * (keep - len(a)) + a for a in answers], device=slm.device),
+        )
+
+    @torch.inference_mode()
+    def scores(self, slm: SLM, first: int, input_BTd: Tensor) -> AnswerScores:
+        """Scores of the answers under the configuration in force, from the first layer that differs on.
+
+        Args:
+            slm: The SLM.
+            first: The layers below are those of the pass that gave the input.
+            input_BTd: What goes into that layer.
+        """
+        with starting_at(slm, first, input_BTd):
+            return self._scores(slm.model(**self._arguments).logits)
+
+    @torch.inference_mode()
+    def run(self, slm: SLM, first: int = 0, input_BTd: Tensor | None = None) -> tuple[list[Tensor], AnswerScores]:
+        """A pass under the configuration in force that keeps what goes into each layer.
+
+        Args:
+            slm: The SLM.
+            first: The layers below are left out, see `scores`.
+            input_BTd: What goes into the layer ``first``; ``None`` for layer 0, whose input the embedding gives.
+
+        Returns:
+            The inputs of the layers from ``first`` on, and the scores.
+        """
+        inputs: list[Tensor] = []
+        handles = [
+            layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+            for layer in slm.layers[first:]
+        ]
+        try:
+            if input_BTd is None:
+                assert first == 0, "layers can be left out only where the next one's input is known"
+                logits_BKV = slm.model(**self._arguments).logits
+            else:
+                with starting_at(slm, first, input_BTd):
+                    logits_BKV = slm.model(**self._arguments).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs, self._scores(logits_BKV)
+
+    def _scores(self, logits_BKV: Tensor) -> AnswerScores:
+        labelled_BK = self._labels_BK != _IGNORED
+        # Selected before the cast: most positions have no label, and a row of logits is as long as the vocabulary.
+        logits_NV, labels_N = logits_BKV[:, :-1][labelled_BK].float(), self._labels_BK[labelled_BK]
+        nats_BK = torch.zeros(labelled_BK.shape, device=logits_NV.device)
+        nats_BK[labelled_BK] = functional.cross_entropy(logits_NV, labels_N, reduction="none")
+        wrong_BK = torch.zeros_like(labelled_BK)
+        wrong_BK[labelled_BK] = logits_NV.argmax(dim=-1) != labels_N
+        return AnswerScores(nats_BK.double().sum(dim=1).cpu(), labelled_BK.sum(dim=1).cpu(), ~wrong_BK.any(dim=1).cpu())
+
+
+def score_configurations(
+    slm: SLM,
+    pruner: LayerPruner,
+    samples: Sequence[Answered],
+    configurations: Sequence[Sequence[int]],
+    batch_size: int,
+) -> Iterator[tuple[list[int], list[AnswerScores]]]:
+    """Scores every configuration on every sample.
+
+    Configurations are run in the order of their lowest layers, and each starts at the first layer in which it differs from
+    the one before.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner with adapters, entered.
+        samples: Q samples.
+        configurations: C configurations, pruned layers in ascending order.
+        batch_size: Samples in a batch.
+
+    Yields:
+        The positions of some samples, and for each of the C configurations, in the order given, the scores of these samples.
+    """
+    by_length = sorted(range(len(samples)), key=lambda position: sum(map(len, samples[position])))
+    order = sorted(range(len(configurations)), key=lambda c: tuple(configurations[c]))
+    for start in range(0, len(samples), batch_size):
+        positions = by_length[start : start + batch_size]
+        batch = AnswerBatch.of(slm, [samples[position] for position in positions])
+        scores: dict[int, AnswerScores] = {}
+        inputs: list[Tensor] = []
+        before: Sequence[int] = ()
+        for c in order:
+            pruner.prune(configurations[c])
+            first = _first_difference(before, configurations[c], slm.num_layers - 1) if inputs else 0
+            deeper, scores[c] = batch.run(slm, first, inputs[first] if inputs else None)
+            inputs[first:] = deeper
+            before = configurations[c]
+        yield positions, [scores[c] for c in range(len(configurations))]
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int], last: int) -> int:
+    """The first layer that only one of two configurations prunes; ``last`` where they are alike."""
+    return min(set(one) ^ set(other), default=last)

@@ -1,0 +1,85 @@
+import copy
+import itertools
+
+import pytest
+import torch
+
+from dynprune.adapters.stack import AdapterStack
+from dynprune.slm.likelihood import AnswerBatch, score_configurations
+from dynprune.slm.pruning import LayerPruner
+
+
+class Skip(torch.nn.Module):
+    def __init__(self, stack: AdapterStack, index: int) -> None:
+        super().__init__()
+        self.stack, self.index = stack, index
+
+    def forward(self, hidden, *args, **kwargs):
+        return self.stack.layer(self.index, hidden)
+
+
+def alone(slm, stack, pruned, sample) -> tuple[float, int, bool]:
+    """One sample in a model whose layers were swapped: nats, tokens, and whether every answer token is the likeliest."""
+    model = copy.deepcopy(slm.model)
+    for index in pruned:
+        model.model.layers[index] = Skip(stack, index)
+    prompt, answer = sample
+    target = [*answer, slm.tokenizer.eos_token_id]
+    logits = model(input_ids=torch.tensor([[*prompt, *target]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    nats = -logits.log_softmax(-1)[range(len(target)), target].sum().item()
+    return nats, len(target), logits.argmax(-1).tolist() == target
+
+
+def greedy(slm, stack, pruned, prompt, length) -> list[int]:
+    model = copy.deepcopy(slm.model)
+    for index in pruned:
+        model.model.layers[index] = Skip(stack, index)
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture
+def stack() -> AdapterStack:
+    torch.manual_seed(1)
+    stack = AdapterStack(4, 32, 4).requires_grad_(False)
+    for parameter in stack.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return stack
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make_slm, stack, batch_size):
+    slm = make_slm()
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        (torch.randint(0, 250, (4 + 3 * i,), generator=generator).tolist(), torch.randint(0, 250, (1 + i % 3,)).tolist())
+        for i in range(5)
+    ]
+    # All subsets, not in the order in which they are run, and one of them twice.
+    configurations = [c for size in (2, 0, 4, 1, 3) for c in itertools.combinations(range(4), size)] + [(1, 2)]
+    with LayerPruner(slm, stack) as pruner:
+        found = list(score_configurations(slm, pruner, samples, configurations, batch_size))
+    assert sorted(position for positions, _ in found for position in positions) == list(range(5))
+    for positions, scores in found:
+        assert len(positions) <= batch_size
+        for configuration, scored in zip(configurations, scores, strict=True):
+            for row, position in enumerate(positions):
+                nats, tokens, right = alone(slm, stack, configuration, samples[position])
+                assert scored.nats_B[row].item() == pytest.approx(nats, rel=1e-4, abs=1e-4)
+                assert scored.nats_per_token_B[row].item() == pytest.approx(nats / tokens, rel=1e-4, abs=1e-4)
+                assert (scored.tokens_B[row], scored.right_B[row]) == (tokens, right)
+
+
+def test_an_answer_is_right_where_greedy_decoding_gives_it(make_slm, stack):
+    slm = make_slm()
+    prompt = [5, 17, 80, 33]
+    answer = greedy(slm, stack, (1,), prompt, 3)
+    # The stop token belongs to the answer: make the model's fourth token stand for it.
+    slm.tokenizer.eos_token_id = greedy(slm, stack, (1,), prompt, 4)[-1]
+    wrong = [*answer[:-1], (answer[-1] + 1) % 250]
+    with LayerPruner(slm, stack) as pruner:
+        pruner.prune((1,))
+        _, scores = AnswerBatch.of(slm, [(prompt, answer), (prompt, wrong)]).run(slm)
+    assert scores.right_B.tolist() == [True, False]
