@@ -4,12 +4,15 @@ from functools import partial
 import lightning
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from dynprune.adapters.checkpoint import load_adapters, save_adapters, save_thesis_adapters
 from dynprune.adapters.distillation import Distillation, mse_loss, relative_loss
+from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
+from dynprune.slm.pruning import LayerPruner
 
 
 def random_stack(num_layers=3, hidden_size=8, bottleneck=2) -> AdapterStack:
@@ -41,6 +44,118 @@ def test_the_stack_computes_each_layers_adapter_as_written():
         want = x + inner @ stack.up_Ldb[index].T + stack.up_bias_Ld[index]
         torch.testing.assert_close(stack.layer(index, x), want)
         torch.testing.assert_close(stack(hidden)[index], want)
+
+
+def test_a_linear_stack_has_no_relu_and_the_first_token_has_residuals_of_its_own():
+    torch.manual_seed(0)
+    stack = AdapterStack(3, 8, 2, activation="identity", sink=True)
+    for value in (*stack.parameters(), stack.sink_Ld):
+        value.data.normal_()
+    hidden = torch.randn(2, 4, 8)
+    # The second row is padded on the left, where transformers gives position 0 as well; what stands there is never read.
+    got = stack.layer(1, hidden, torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2]]))
+    want = hidden + (hidden @ stack.down_Lbd[1].T + stack.down_bias_Lb[1]) @ stack.up_Ldb[1].T + stack.up_bias_Ld[1]
+    torch.testing.assert_close(got[0, 1:], want[0, 1:])
+    torch.testing.assert_close(got[1, 2:], want[1, 2:])
+    torch.testing.assert_close(got[0, 0], hidden[0, 0] + stack.sink_Ld[1])
+    torch.testing.assert_close(got[1, 1], hidden[1, 1] + stack.sink_Ld[1])
+    # One row of positions stands for all.
+    torch.testing.assert_close(stack.layer(1, hidden, torch.arange(4)[None])[1, 1:], want[1, 1:])
+    # In the stack's own forward no token is a text's first.
+    torch.testing.assert_close(stack(hidden[0].expand(3, 4, 8))[1], want[0])
+
+
+def test_with_measured_residuals_the_first_token_is_that_of_the_full_slm_whatever_is_pruned(make_slm):
+    slm = make_slm()
+    stack = AdapterStack(4, 32, 4, sink=True).requires_grad_(False)
+    [states] = HiddenStateStream(slm, [(7,)], batch_tokens=1, seed=None)
+    stack.sink_Ld.copy_((states[1:] - states[:-1])[:, 0])
+    full = slm.model.model(input_ids=torch.tensor([[7, 8, 9]]), use_cache=False).last_hidden_state
+    with LayerPruner(slm, stack) as pruner:
+        for pruned in ((0,), (3,), (1, 2), (0, 1, 2, 3)):
+            pruner.prune(pruned)
+            out = slm.model.model(input_ids=torch.tensor([[7, 8, 9]]), use_cache=False).last_hidden_state
+            torch.testing.assert_close(out[0, 0], full[0, 0])
+            assert not torch.allclose(out[0, 1:], full[0, 1:], atol=1e-2)
+
+
+def test_the_stream_can_leave_out_first_tokens(make_slm):
+    slm = make_slm()
+    texts = sequences()
+    alone = torch.cat([slm.model.model.embed_tokens(torch.tensor(text[1:])) for text in texts])
+    got = torch.cat([states[0] for states in HiddenStateStream(slm, texts, batch_tokens=20, seed=None, skip_first=True)])
+    assert torch.equal(got.sum(1).sort().values, alone.sum(1).sort().values)
+
+
+def regression_data() -> torch.Tensor:
+    """States of 2 layers of width 6 for 50 tokens, far from zero in the mean."""
+    generator = torch.Generator().manual_seed(5)
+    first = torch.randn(50, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7) + 3
+    second = first + first @ torch.randn(6, 6, generator=generator, dtype=torch.float64) + 1
+    third = second + torch.tanh(second) * 2 + torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    return torch.stack([first, second, third])
+
+
+def in_closed_form(states: torch.Tensor, bottleneck: int, ridge: float) -> AdapterStack:
+    stack = AdapterStack(2, 6, bottleneck, activation="identity").requires_grad_(False).double()
+    fit_ridge(stack, states.split([20, 20, 10], dim=1), ridge)
+    return stack
+
+
+def test_a_full_linear_adapter_is_scikit_learns_ridge_regression():
+    states, ridge = regression_data(), 0.1
+    stack = in_closed_form(states, 6, ridge)
+    for layer in range(2):
+        x, r = states[layer].numpy(), (states[layer + 1] - states[layer]).numpy()
+        penalty = ridge * ((x - x.mean(0)) ** 2).sum(0).mean()
+        oracle = Ridge(alpha=penalty).fit(x, r)
+        torch.testing.assert_close(stack.up_Ldb[layer] @ stack.down_Lbd[layer], torch.tensor(oracle.coef_))
+        torch.testing.assert_close(stack.up_bias_Ld[layer], torch.tensor(oracle.intercept_))
+
+
+@pytest.mark.parametrize("bottleneck", [1, 2, 4])
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+def test_no_linear_adapter_of_that_rank_is_better_than_the_closed_form(bottleneck, ridge):
+    states = regression_data()
+    stack = in_closed_form(states, bottleneck, ridge)
+    for layer in range(2):
+        x, r = states[layer], states[layer + 1] - states[layer]
+        penalty = ridge * (x - x.mean(0)).square().sum(0).mean()
+
+        def objective(up, down, bias, x=x, r=r, penalty=penalty):
+            return (r - x @ (up @ down).T - bias).square().sum() + penalty * (up @ down).square().sum()
+
+        ours = objective(stack.up_Ldb[layer], stack.down_Lbd[layer], stack.up_bias_Ld[layer]).item()
+        found = []
+        for seed in range(4):
+            torch.manual_seed(seed)
+            parts = [torch.randn(s, dtype=torch.float64) * 0.3 for s in ((6, bottleneck), (bottleneck, 6), (6,))]
+            parts = [part.requires_grad_() for part in parts]
+            search = torch.optim.LBFGS(
+                parts, max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-13, line_search_fn="strong_wolfe"
+            )
+
+            def closure(search=search, parts=parts, objective=objective):
+                search.zero_grad()
+                loss = objective(*parts)
+                loss.backward()
+                return loss
+
+            search.step(closure)
+            found.append(objective(*parts).item())
+        assert ours <= min(found) * (1 + 1e-7)
+        assert min(found) <= ours * (1 + 1e-4), "the search ended too early to say anything"
+
+
+def test_what_cannot_be_solved_in_closed_form_is_refused():
+    with pytest.raises(ValueError, match=r"adapter\.activation=identity"):
+        fit_ridge(AdapterStack(2, 6, 2), regression_data(), 0.1)
+    with pytest.raises(ValueError, match=r"adapter\.bottleneck=7"):
+        in_closed_form(regression_data(), 7, 0.1)
+    with pytest.raises(ValueError, match="no token"):
+        fit_ridge(AdapterStack(2, 6, 2, activation="identity"), iter(()), 0.1)
+    with pytest.raises(ValueError, match=r"adapter\.activation='gelu'"):
+        AdapterStack(2, 6, 2, activation="gelu")
 
 
 def test_the_losses_are_those_of_their_formulas():
@@ -135,6 +250,18 @@ def test_adapters_come_back_from_our_file_and_from_the_thesis_files(tmp_path):
     for folder in ("ours", "thesis"):
         loaded = load_adapters(tmp_path / folder)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), stack.parameters(), strict=True))
+
+
+def test_linear_adapters_with_first_residuals_come_back_as_such(tmp_path):
+    torch.manual_seed(0)
+    stack = AdapterStack(3, 8, 2, activation="identity", sink=True)
+    for value in (*stack.parameters(), stack.sink_Ld):
+        value.data.normal_()
+    save_adapters(stack, tmp_path, "some-slm")
+    loaded = load_adapters(tmp_path)
+    assert loaded.activation == "identity"
+    assert stack.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), stack.state_dict().values(), strict=True))
 
 
 def test_what_holds_no_adapters_is_refused_by_name(tmp_path):

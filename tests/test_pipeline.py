@@ -82,8 +82,8 @@ def test_static_sets_are_nested_and_what_the_rows_pruned(tiny):
 def test_the_artifacts_are_in_the_thesis_columns_and_in_both_adapter_forms(tiny):
     folder, _ = tiny
     artifacts = folder / "outputs/artifacts"
-    [stack] = [load_adapters(p.parent) for p in artifacts.glob("adapters/*/adapters.safetensors")]
-    [thesis] = [load_adapters(p) for p in artifacts.glob("adapters/*/thesis")]
+    [thesis] = artifacts.glob("adapters/*/thesis")
+    stack, thesis = load_adapters(thesis.parent), load_adapters(thesis)
     assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), thesis.parameters(), strict=True))
     rollouts = {p.parent.name: list(read_rollouts(p.parent)) for p in artifacts.glob("explore/*/manifest.json")}
     assert sorted(len({r.id for r in rs}) for rs in rollouts.values()) == [2, 6]
@@ -94,11 +94,29 @@ def test_the_artifacts_are_in_the_thesis_columns_and_in_both_adapter_forms(tiny)
     assert all((p.winner_score, len(p.winner_pruned_layers)) > (p.loser_score, len(p.loser_pruned_layers)) for p in pairs)
 
 
+def test_adapters_in_closed_form_are_trained_in_context_from_the_same_answers(tiny):
+    folder, _ = tiny
+    options = ("adapter=context", "adapter.bottleneck=16", "adapter.context.max_layers=3", "adapter.context.epochs=2")
+    said = dynprune(folder, "experiment=tiny", "stage=adapters", "name=context", *options).stdout
+    assert "reusing answers" in said
+    [context] = manifests(folder, "context")
+    stacks = {
+        path.parts[-3]: load_adapters(path.parent)
+        for stage in ("adapters", "context")
+        for path in (folder / "outputs/artifacts" / stage).glob("*/adapters.safetensors")
+        if stage == "context" or path.parent.name == context["upstream"]["adapters"]
+    }
+    assert all(stack.activation == "identity" for stack in stacks.values())
+    assert torch.equal(stacks["adapters"].sink_Ld, stacks["context"].sink_Ld)
+    assert not torch.equal(stacks["adapters"].up_Ldb, stacks["context"].up_Ldb)
+    [errors] = [json.loads(p.read_text()) for p in (folder / "outputs/artifacts/context").glob("*/errors.json")]
+    assert len(errors["harm"]) == len(errors["weights"]) == 4
+
+
 def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(tiny):
     folder, _ = tiny
     said = dynprune(folder, "-m", "experiment=tiny", "method=dpo,orpo,fbc", "++method.min_score=-10").stdout
     # The sweep changes the methods alone: what lies before them is that of the first run.
-    assert len(manifests(folder, "adapters")) == 1
     assert len(manifests(folder, "explore")) == 2
     assert len(manifests(folder, "static")) == 1
     assert "reusing adapters" in said

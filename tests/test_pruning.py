@@ -19,9 +19,9 @@ L = 4
 
 def random_adapters() -> AdapterStack:
     torch.manual_seed(1)
-    adapters = AdapterStack(num_layers=L, hidden_size=32, bottleneck=4).requires_grad_(False)
-    for parameter in adapters.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    adapters = AdapterStack(num_layers=L, hidden_size=32, bottleneck=4, sink=True).requires_grad_(False)
+    for value in (*adapters.parameters(), adapters.sink_Ld):
+        value.copy_(torch.randn_like(value) * 0.3)
     return adapters
 
 
@@ -40,6 +40,8 @@ class Replaced(torch.nn.Module):
     def forward(self, hidden, *args, **kwargs):
         down = hidden @ self.adapters.down_Lbd[self.index].T + self.adapters.down_bias_Lb[self.index]
         up = down.clamp(min=0) @ self.adapters.up_Ldb[self.index].T + self.adapters.up_bias_Ld[self.index]
+        # Without cache and padding, the first token of a text is the first one here.
+        up[:, 0] = self.adapters.sink_Ld[self.index]
         return hidden + up
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynprune.adapters.stack import AdapterStack
+from dynprune.adapters.stack import Activation, AdapterStack
 from dynprune.atomic import replacing
 
 _WEIGHTS = "adapters.safetensors"
 _CONFIG = "adapters.json"
 _NAMES = ("down_Lbd", "down_bias_Lb", "up_Ldb", "up_bias_Ld")
+_SINK = "sink_Ld"
 # The thesis's layer1 is W_down, its layer2 W_up.
 _THESIS_NAMES = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
 
@@ -30,6 +31,7 @@ def save_adapters(adapters: AdapterStack, folder: Path, slm: str) -> None:
         "num_layers": adapters.num_layers,
         "hidden_size": adapters.hidden_size,
         "bottleneck": adapters.bottleneck,
+        "activation": adapters.activation,
         "slm": slm,
     }
     with replacing(folder / _CONFIG) as path:
@@ -46,7 +48,8 @@ def load_adapters(folder: Path) -> AdapterStack:
         ValueError: If there are neither, a layer is missing, or a file does not hold an adapter.
     """
     if (folder / _WEIGHTS).is_file():
-        return _from_state(load_file(folder / _WEIGHTS), folder / _WEIGHTS)
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        return _from_state(load_file(folder / _WEIGHTS), folder / _WEIGHTS, config["activation"])
     files = {int(path.stem.removeprefix("adapter_")): path for path in folder.glob("adapter_[0-9]*.pth")}
     if sorted(files) != list(range(len(files))) or not files:
         raise ValueError(
@@ -64,11 +67,13 @@ def load_adapters(folder: Path) -> AdapterStack:
         stacked = {name: torch.stack(list(tensors)) for name, tensors in zip(_NAMES, zip(*layers, strict=True), strict=True)}
     except RuntimeError as error:
         raise ValueError(f"the adapters in {folder} differ in shape from layer to layer: {error}") from None
-    return _from_state(stacked, folder)
+    return _from_state(stacked, folder, "relu")
 
 
 def save_thesis_adapters(adapters: AdapterStack, folder: Path) -> None:
-    """Writes one ``adapter_{i}.pth`` a layer, as the thesis's code reads them."""
+    """Writes one ``adapter_{i}.pth`` a layer, as the thesis's code reads them: with ReLU, all tokens treated alike."""
+    assert adapters.activation == "relu", "the thesis's adapters have a ReLU"
+    assert adapters.sink_Ld is None, "the thesis's adapters treat all tokens alike"
     for index in range(adapters.num_layers):
         state = {
             thesis: getattr(adapters, name)[index].detach().clone() for thesis, name in zip(_THESIS_NAMES, _NAMES, strict=True)
@@ -77,11 +82,11 @@ def save_thesis_adapters(adapters: AdapterStack, folder: Path) -> None:
             torch.save(state, path)
 
 
-def _from_state(state: dict[str, torch.Tensor], where: Path) -> AdapterStack:
-    if set(state) != set(_NAMES):
-        raise ValueError(f"{where} holds {sorted(state)}, but adapters have {sorted(_NAMES)}")
+def _from_state(state: dict[str, torch.Tensor], where: Path, activation: Activation) -> AdapterStack:
+    if set(state) - {_SINK} != set(_NAMES):
+        raise ValueError(f"{where} holds {sorted(state)}, but adapters have {sorted(_NAMES)}, and may have {_SINK}")
     num_layers, bottleneck, hidden_size = state["down_Lbd"].shape
-    adapters = AdapterStack(num_layers, hidden_size, bottleneck)
+    adapters = AdapterStack(num_layers, hidden_size, bottleneck, activation, sink=_SINK in state)
     try:
         adapters.load_state_dict(state)
     except RuntimeError as error:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -168,8 +169,8 @@ class _Adapter(nn.Module):
         self._stack = stack
         self._layer = layer
 
-    def forward(self, hidden_BTd: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return self._stack.layer(self._layer, hidden_BTd)
+    def forward(self, hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._stack.layer(self._layer, hidden_BTd, kwargs.get("position_ids"))
 
 
 @contextmanager

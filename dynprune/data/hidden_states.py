@@ -20,7 +20,9 @@ class HiddenStateStream(IterableDataset[Tensor]):
     themselves: the last of transformers' ``hidden_states`` is taken after the final norm, which no layer computes.
     """
 
-    def __init__(self, slm: SLM, sequences: Sequence[Sequence[int]], batch_tokens: int, seed: int | None) -> None:
+    def __init__(
+        self, slm: SLM, sequences: Sequence[Sequence[int]], batch_tokens: int, seed: int | None, skip_first: bool = False
+    ) -> None:
         """Binds the SLM to the sequences.
 
         Args:
@@ -28,10 +30,12 @@ class HiddenStateStream(IterableDataset[Tensor]):
             sequences: Token ids of whole samples, prompt and answer.
             batch_tokens: Tokens in a batch, at most, padding included; a longer sequence is a batch of its own.
             seed: Seed of the order of the batches, drawn anew each epoch; ``None`` keeps the order.
+            skip_first: Whether to leave out the first token of each sequence.
         """
         self._slm = slm
         self._batches = _batches(sequences, batch_tokens)
         self._seed = seed
+        self._skip_first = skip_first
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -56,14 +60,15 @@ class HiddenStateStream(IterableDataset[Tensor]):
         pad = self._slm.tokenizer.pad_token_id
         ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in batch], device=self._slm.device)
         attention_BT = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in batch], device=self._slm.device)
-        real_BT = attention_BT.bool()
+        positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
+        wanted_BT = positions_BT > 0 if self._skip_first else attention_BT.bool()
         states: list[Tensor] = []
 
         def keep_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            states.append(arguments[0][real_BT])
+            states.append(arguments[0][wanted_BT])
 
         def keep_output(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            states.append(output[real_BT])
+            states.append(output[wanted_BT])
 
         layers = self._slm.layers
         handles = [layer.register_forward_pre_hook(keep_input) for layer in layers[:1]]
@@ -72,7 +77,7 @@ class HiddenStateStream(IterableDataset[Tensor]):
             self._slm.model(
                 input_ids=ids_BT,
                 attention_mask=attention_BT,
-                position_ids=(attention_BT.cumsum(dim=1) - 1).clamp(min=0),
+                position_ids=positions_BT,
                 use_cache=False,
                 logits_to_keep=1,
             )

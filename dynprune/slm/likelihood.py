@@ -2,8 +2,8 @@
 
 This is the dense reward of a configuration: it tells two configurations apart where a score of the output says 0 for both.
 
-Shapes: B = batch, T = tokens, K = tokens kept for the loss, V = vocabulary, C = configurations, Q = samples, d = hidden size,
-L = layers.
+Shapes: B = batch, T = tokens, K = tokens kept for the loss, N = answer tokens of the batch, V = vocabulary, C = configurations,
+Q = samples, d = hidden size, L = layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,6 +70,14 @@ class AnswerBatch:
             torch.tensor([[_IGNORED] * (keep - len(a)) + a for a in answers], device=slm.device),
         )
 
+    def answer_logits(self, slm: SLM) -> Tensor:
+        """What the SLM says of each answer token and stop token under the configuration in force.
+
+        Returns:
+            logits_NV in float32, of all rows one after another; with gradients where the caller's mode has them.
+        """
+        return self._labelled(slm.model(**self._arguments).logits)
+
     @torch.inference_mode()
     def scores(self, slm: SLM, first: int, input_BTd: Tensor) -> AnswerScores:
         """Scores of the answers under the configuration in force, from the first layer that differs on.
@@ -111,10 +119,13 @@ class AnswerBatch:
                 handle.remove()
         return inputs, self._scores(logits_BKV)
 
+    def _labelled(self, logits_BKV: Tensor) -> Tensor:
+        # Selected before the cast: most positions have no label, and a row of logits is as long as the vocabulary.
+        return logits_BKV[:, :-1][self._labels_BK != _IGNORED].float()
+
     def _scores(self, logits_BKV: Tensor) -> AnswerScores:
         labelled_BK = self._labels_BK != _IGNORED
-        # Selected before the cast: most positions have no label, and a row of logits is as long as the vocabulary.
-        logits_NV, labels_N = logits_BKV[:, :-1][labelled_BK].float(), self._labels_BK[labelled_BK]
+        logits_NV, labels_N = self._labelled(logits_BKV), self._labels_BK[labelled_BK]
         nats_BK = torch.zeros(labelled_BK.shape, device=logits_NV.device)
         nats_BK[labelled_BK] = functional.cross_entropy(logits_NV, labels_N, reduction="none")
         wrong_BK = torch.zeros_like(labelled_BK)

@@ -37,8 +37,8 @@ class LayerAdapters(Protocol):
         """Width of the hidden states that it takes."""
         ...
 
-    def layer(self, index: int, hidden_BTd: Tensor) -> Tensor:
-        """Output of the stand-in of one layer."""
+    def layer(self, index: int, hidden_BTd: Tensor, positions_BT: Tensor | None) -> Tensor:
+        """Output of the stand-in of one layer; the tokens' positions in their texts are given where the SLM knows them."""
         ...
 
 
@@ -147,7 +147,7 @@ class LayerPruner:
                 )
             if rows.pruned is None:
                 _write_placeholder(index, hidden_BTd, (*args, *kwargs.values()))
-                return self._stand_in(index, hidden_BTd)
+                return self._stand_in(index, hidden_BTd, kwargs.get("position_ids"))
             kept_BTd = base(
                 hidden_BTd[rows.kept],
                 *_select(args, rows.kept, batch),
@@ -160,13 +160,14 @@ class LayerPruner:
                 )
             out_BTd = torch.empty_like(hidden_BTd)
             out_BTd[rows.kept] = kept_BTd
-            out_BTd[rows.pruned] = self._stand_in(index, hidden_BTd[rows.pruned])
+            positions_BT = _select(kwargs.get("position_ids"), rows.pruned, batch)
+            out_BTd[rows.pruned] = self._stand_in(index, hidden_BTd[rows.pruned], positions_BT)
             return out_BTd
 
         return forward
 
-    def _stand_in(self, index: int, hidden_BTd: Tensor) -> Tensor:
-        return hidden_BTd if self._adapters is None else self._adapters.layer(index, hidden_BTd)
+    def _stand_in(self, index: int, hidden_BTd: Tensor, positions_BT: Tensor | None) -> Tensor:
+        return hidden_BTd if self._adapters is None else self._adapters.layer(index, hidden_BTd, positions_BT)
 
 
 def configuration_mask(slm: SLM, configurations: Sequence[Sequence[int] | Tensor]) -> Tensor:

@@ -23,7 +23,6 @@ from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
 VERSION = 2
-_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
 def adapt(run: Run) -> Artifact:
@@ -66,7 +65,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path) -> None:
         accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
         gradient_clip_val=settings.clip,
         # Products in the SLM's own dtype; what is trained is kept in float32.
-        precision=_PRECISION[run.model_identity["dtype"]],
+        precision=run.mixed_precision,
     )
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)

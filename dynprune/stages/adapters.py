@@ -1,30 +1,38 @@
-"""The stage ``adapters``: distils the adapters of all layers from the answers that the SLM gets right."""
+"""The stage ``adapters``: fits the adapters of all layers to the answers that the SLM gets right, each alone, then together."""
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynprune.adapters.checkpoint import load_adapters, save_adapters, save_thesis_adapters
+from dynprune.adapters.context import ContextStream, ContextTraining
 from dynprune.adapters.distillation import Distillation
+from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
-from dynprune.data.tasks import Query
 from dynprune.metrics.scores import get_score
 from dynprune.slm.generation import Request, generate_all
+from dynprune.slm.likelihood import Answered, score_configurations
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
-VERSION = 1
+VERSION = 2
+CONTEXT_VERSION = 1
+ANSWERS_VERSION = 1
+_FITS = ("distil", "ridge")
+_ANSWERS = "answers.json"
 
 
 @once_a_run
@@ -32,57 +40,8 @@ def adapters(run: Run) -> Artifact | None:
     """Makes the adapters and measures their error; ``None`` where the configuration wants none."""
     if not run.config.adapter.enabled:
         return None
-    settings = run.config.adapter
-    pool = [query for split in settings.splits for query in run.splits[split]]
-    queries = random.Random(run.config.seed).sample(pool, min(settings.max_samples, len(pool)))
-    config = {
-        "model": run.model_identity,
-        "adapter": plain(settings),
-        "folder": content_digest(settings.folder),
-        "precision": run.config.hardware.trainer.precision,
-        "max_tokens_margin": run.config.evaluation.max_tokens_margin,
-        "seed": run.config.seed,
-    }
-
-    def build(folder: Path) -> dict[str, Any]:
-        lightning.seed_everything(run.config.seed, workers=True)
-        sequences = _correct_sequences(run, queries, folder)
-        held_out = max(1, round(settings.validation_share * len(sequences)))
-        training, validation = sequences[held_out:], sequences[:held_out]
-        if not training:
-            raise ValueError(
-                f"{len(sequences)} correct answer is too few to distil from and to validate on; raise adapter.max_samples"
-            )
-        data = StreamData(
-            HiddenStateStream(run.slm, training, settings.batch_tokens, run.config.seed),
-            [HiddenStateStream(run.slm, validation, settings.batch_tokens, None)],
-        )
-        stack = (
-            load_adapters(Path(settings.folder))
-            if settings.folder is not None
-            else AdapterStack(run.slm.num_layers, run.slm.hidden_size, settings.bottleneck)
-        )
-        # Refuses adapters of another model before anything is computed with them.
-        LayerPruner(run.slm, stack)
-        module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
-        checkpoint = ModelCheckpoint(folder / "checkpoints", save_last=True)
-        trainer = run.trainer("adapters", folder, [checkpoint], max_epochs=settings.epochs)
-        if settings.folder is None:
-            last = folder / "checkpoints" / "last.ckpt"
-            trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-        trainer.validate(module, data, verbose=False)
-        save_adapters(stack, folder, run.slm.name)
-        save_thesis_adapters(stack, folder / "thesis")
-        errors = {"mse": module.mse_L.tolist(), "relative_error": module.relative_error_L.tolist()}
-        with replacing(folder / "errors.json") as path:
-            path.write_text(json.dumps(errors, indent=2), encoding="utf-8")
-        return {
-            "queries": len(queries),
-            "correct": len(sequences),
-            "mean_relative_error": float(module.relative_error_L.mean()),
-        }
-
-    return run.store.get_or_build("adapters", VERSION, config, digest(queries), {}, build, resumable=True)
+    fitted = _fitted(run)
+    return _trained_in_context(run, fitted) if run.config.adapter.context.epochs else fitted
 
 
 def pruner_of(run: Run, artifact: Artifact | None) -> LayerPruner:
@@ -93,31 +52,201 @@ def pruner_of(run: Run, artifact: Artifact | None) -> LayerPruner:
     return LayerPruner(run.slm, stack)
 
 
-def _correct_sequences(run: Run, queries: Sequence[Query], folder: Path) -> list[tuple[int, ...]]:
-    """Prompt and answer of the queries that the SLM answers right, as it answers them; kept for a second attempt."""
-    kept = folder / "sequences.json"
-    if kept.exists():
-        return [tuple(sequence) for sequence in json.loads(kept.read_text(encoding="utf-8"))]
-    correct_by = run.config.adapter.correct_by
-    score = get_score(correct_by) if correct_by is not None else None
-    limit = run.max_new_tokens(queries)
-    requests = []
-    for query in queries:
-        prompt, reference = run.tokens(query)
-        requests.append(Request(prompt, (), limit, (reference,)))
-    right: dict[int, tuple[int, ...]] = {}
-    with LayerPruner(run.slm) as pruner:
-        answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)
-        for position, answer in track(answers, "answers to distil from", len(requests)):
-            output = run.slm.decode(answer.token_ids)
-            if score is None or score(output, queries[position]) == 1.0:
-                right[position] = (*requests[position].prompt, *answer.token_ids)
-    if not right:
-        raise ValueError(
-            f"{run.slm.name} answers none of the {len(queries)} queries right ({correct_by} 0%), so there is nothing to distil "
-            "from; task-tune it first (dynprune stage=adapt), raise adapter.max_samples, or set adapter.correct_by=null"
+def _fitted(run: Run) -> Artifact:
+    """Adapters that each learnt their own layer, and their errors."""
+    settings = run.config.adapter
+    if settings.fit not in _FITS:
+        raise ValueError(f"adapter.fit={settings.fit} is unknown; allowed: {', '.join(_FITS)}")
+    source = _answers(run)
+    config = {
+        "model": run.model_identity,
+        "adapter": {key: value for key, value in plain(settings).items() if key != "context"},
+        "folder": content_digest(settings.folder),
+        "precision": run.config.hardware.trainer.precision,
+        "seed": run.config.seed,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        lightning.seed_everything(run.config.seed, workers=True)
+        training, validation = _split(run, source)
+        data = StreamData(
+            _states(run, training, run.config.seed),
+            [_states(run, validation, None)],
         )
-    sequences = [right[position] for position in sorted(right)]
-    with replacing(kept) as path:
-        path.write_text(json.dumps(sequences), encoding="utf-8")
-    return sequences
+        stack = (
+            load_adapters(Path(settings.folder))
+            if settings.folder is not None
+            else AdapterStack(
+                run.slm.num_layers, run.slm.hidden_size, settings.bottleneck, settings.activation, sink=settings.sink
+            )
+        )
+        # Refuses adapters of another model before anything is computed with them.
+        LayerPruner(run.slm, stack)
+        module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
+        trainer = run.trainer(
+            "adapters", folder, [ModelCheckpoint(folder / "checkpoints", save_last=True)], max_epochs=settings.epochs
+        )
+        if settings.folder is None:
+            if stack.sink_Ld is not None:
+                stack.sink_Ld.copy_(_first_residuals(run, training))
+            if settings.fit == "ridge":
+                states = _states(run, training, None)
+                fit_ridge(stack, track(states, "fitting adapters in closed form", len(states)), settings.ridge)
+            else:
+                last = folder / "checkpoints" / "last.ckpt"
+                trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+        trainer.validate(module, data, verbose=False)
+        _save(run, stack, folder)
+        errors = {"mse": module.mse_L.tolist(), "relative_error": module.relative_error_L.tolist()}
+        with replacing(folder / "errors.json") as path:
+            path.write_text(json.dumps(errors, indent=2), encoding="utf-8")
+        return {
+            "training": len(training),
+            "validation": len(validation),
+            "mean_relative_error": float(module.relative_error_L.mean()),
+        }
+
+    return run.store.get_or_build("adapters", VERSION, config, {}, {"answers": source.fingerprint}, build, resumable=True)
+
+
+def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
+    """The adapters trained together through the SLM, from the fitted ones on."""
+    settings = run.config.adapter.context
+    source = _answers(run)
+    config = {
+        "model": run.model_identity,
+        "context": plain(settings),
+        "validation_share": run.config.adapter.validation_share,
+        "seed": run.config.seed,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        lightning.seed_everything(run.config.seed, workers=True)
+        training, validation = _split(run, source)
+        weights, harm = _weights(run, fitted, training)
+        stack = load_adapters(fitted.folder).to(run.slm.device).train().requires_grad_(True)
+        sizes = (settings.min_layers, settings.max_layers)
+        data = StreamData(
+            ContextStream(training, weights, *sizes, settings.micro_batch_size, run.config.seed),
+            [ContextStream(validation, weights, *sizes, settings.micro_batch_size, run.config.seed)],
+        )
+        best = ModelCheckpoint(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1, save_last=True)
+        trainer = run.trainer(
+            "context",
+            folder,
+            [best],
+            max_epochs=settings.epochs,
+            accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
+            gradient_clip_val=settings.clip,
+            # Products in the SLM's own dtype; what is trained is kept in float32.
+            precision=run.mixed_precision,
+        )
+        last = folder / "checkpoints" / "last.ckpt"
+        with LayerPruner(run.slm, stack) as pruner:
+            module = ContextTraining(run.slm, pruner, stack, instantiate(settings.optimizer), settings.warmup_share)
+            [before] = trainer.validate(module, data, verbose=False)
+            trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+        _save(run, stack, folder)
+        # What the adapters were fitted to has not changed: their errors on the full SLM's states stay those of the fit.
+        errors = json.loads((fitted.folder / "errors.json").read_text(encoding="utf-8"))
+        with replacing(folder / "errors.json") as path:
+            path.write_text(json.dumps({**errors, "harm": harm, "weights": weights}, indent=2), encoding="utf-8")
+        return {"kl_before": before["validation/kl"], "kl": float(best.best_model_score or math.nan)}
+
+    return run.store.get_or_build(
+        "context",
+        CONTEXT_VERSION,
+        config,
+        {},
+        {"adapters": fitted.fingerprint, "answers": source.fingerprint},
+        build,
+        resumable=True,
+    )
+
+
+def _save(run: Run, stack: AdapterStack, folder: Path) -> None:
+    save_adapters(stack, folder, run.slm.name)
+    if stack.activation == "relu" and stack.sink_Ld is None:
+        save_thesis_adapters(stack, folder / "thesis")
+
+
+def _split(run: Run, source: Artifact) -> tuple[list[Answered], list[Answered]]:
+    """Samples to train on and samples held out."""
+    samples: list[Answered] = [tuple(sample) for sample in json.loads((source.folder / _ANSWERS).read_text(encoding="utf-8"))]
+    held_out = max(1, round(run.config.adapter.validation_share * len(samples)))
+    if held_out >= len(samples):
+        raise ValueError(
+            f"{len(samples)} correct answer is too few to distil from and to validate on; raise adapter.max_samples"
+        )
+    return samples[held_out:], samples[:held_out]
+
+
+def _states(run: Run, samples: Sequence[Answered], seed: int | None) -> HiddenStateStream:
+    settings = run.config.adapter
+    sequences = [(*prompt, *answer) for prompt, answer in samples]
+    return HiddenStateStream(run.slm, sequences, settings.batch_tokens, seed, skip_first=settings.sink)
+
+
+def _first_residuals(run: Run, samples: Sequence[Answered]) -> torch.Tensor:
+    """What each layer adds to the first token, which attends to nothing but itself; the mean where samples differ in it."""
+    firsts = [prompt[:1] for prompt, _ in samples]
+    states = torch.cat(list(HiddenStateStream(run.slm, firsts, run.config.adapter.batch_tokens, None)), dim=1).float()
+    return (states[1:] - states[:-1]).mean(dim=1).cpu()
+
+
+def _weights(run: Run, fitted: Artifact, samples: Sequence[Answered]) -> tuple[list[float], list[float]]:
+    """How often each layer is pruned in training, the rarer, the more that alone hurts; and the harm in nats a token."""
+    settings = run.config.adapter.context
+    probes = random.Random(run.config.seed).sample(samples, min(settings.probe_samples, len(samples)))
+    configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
+    nats, tokens = [0.0] * len(configurations), 0
+    with pruner_of(run, fitted) as pruner:
+        scored = score_configurations(run.slm, pruner, probes, configurations, run.config.hardware.batch_size)
+        batches = math.ceil(len(probes) / run.config.hardware.batch_size)
+        for _, scores in track(scored, "measuring the harm of each layer", batches):
+            tokens += int(scores[0].tokens_B.sum())
+            nats = [total + float(score.nats_B.sum()) for total, score in zip(nats, scores, strict=True)]
+    full, *single = (total / tokens for total in nats)
+    harm = [value - full for value in single]
+    return [math.exp(-max(0.0, value) / settings.fragility) for value in harm], harm
+
+
+@once_a_run
+def _answers(run: Run) -> Artifact:
+    """Prompts and answers of the queries that the SLM answers right, as it answers them."""
+    settings = run.config.adapter
+    pool = [query for split in settings.splits for query in run.splits[split]]
+    queries = random.Random(run.config.seed).sample(pool, min(settings.max_samples, len(pool)))
+    config = {
+        "model": run.model_identity,
+        "correct_by": settings.correct_by,
+        "max_tokens_margin": run.config.evaluation.max_tokens_margin,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        score = get_score(settings.correct_by) if settings.correct_by is not None else None
+        limit = run.max_new_tokens(queries)
+        requests = []
+        for query in queries:
+            prompt, reference = run.tokens(query)
+            requests.append(Request(prompt, (), limit, (reference,)))
+        right: dict[int, Answered] = {}
+        with LayerPruner(run.slm) as pruner:
+            answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)
+            for position, answer in track(answers, "answers to distil from", len(requests)):
+                output = run.slm.decode(answer.token_ids)
+                if score is None or score(output, queries[position]) == 1.0:
+                    right[position] = (requests[position].prompt, answer.token_ids)
+        if not right:
+            raise ValueError(
+                f"{run.slm.name} answers none of the {len(queries)} queries right ({settings.correct_by} 0%), so there is "
+                "nothing to distil from; task-tune it first (dynprune stage=adapt), raise adapter.max_samples, or set "
+                "adapter.correct_by=null"
+            )
+        with replacing(folder / _ANSWERS) as path:
+            path.write_text(json.dumps([right[position] for position in sorted(right)]), encoding="utf-8")
+        return {"queries": len(queries), "correct": len(right)}
+
+    return run.store.get_or_build("answers", ANSWERS_VERSION, config, digest(queries), {}, build, resumable=False)

@@ -27,6 +27,7 @@ from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
+_MIXED_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
 class Run:
@@ -120,6 +121,11 @@ class Run:
             identity["delta_content"] = content_digest(str(delta_folder(identity["delta"])))
         identity["content"] = content_digest(identity.get("name"))
         return identity
+
+    @property
+    def mixed_precision(self) -> str:
+        """Lightning's precision for training in the SLM: products in its dtype, what is trained in float32."""
+        return _MIXED_PRECISION[self.model_identity["dtype"]]
 
     def max_new_tokens(self, queries: Sequence[Query]) -> int:
         """A token limit for answers to some queries, by the longest reference answer."""
