@@ -45,13 +45,13 @@ def test_sizes_are_drawn_alike_and_layers_by_their_weights():
 
 @pytest.mark.parametrize(("smallest", "largest"), [(0, 2), (2, 1), (1, 4)])
 def test_sizes_that_cannot_be_drawn_are_refused(smallest, largest):
-    with pytest.raises(ValueError, match=r"adapter\.context draws .* of 3 layers"):
+    with pytest.raises(ValueError, match=r"adapter\.draw takes .* of 3 layers"):
         draw_configuration([1.0, 1.0, 0.0, 1.0], smallest, largest, random.Random(0))
 
 
 def test_an_epoch_has_each_sample_once_under_a_configuration_of_its_own():
     data = samples(11)
-    stream = ContextStream(data, [1.0] * 4, 1, 3, batch_size=4, seed=3)
+    stream = ContextStream(data, partial(draw_configuration, [1.0] * 4, 1, 3), batch_size=4, seed=3)
     epochs = []
     for epoch in (0, 1, 0):
         stream.set_epoch(epoch)
@@ -111,8 +111,8 @@ def test_training_lowers_the_held_out_kl_and_leaves_the_slm_as_it_is(make_slm, t
     before = copy.deepcopy(slm.model.state_dict())
     stack = AdapterStack(4, 32, 16)
     data = StreamData(
-        ContextStream(samples(40), [1.0] * 4, 1, 2, batch_size=8, seed=0),
-        [ContextStream(samples(8), [1.0] * 4, 1, 2, batch_size=8, seed=0)],
+        ContextStream(samples(40), partial(draw_configuration, [1.0] * 4, 1, 2), batch_size=8, seed=0),
+        [ContextStream(samples(8), partial(draw_configuration, [1.0] * 4, 1, 2), batch_size=8, seed=0)],
     )
     trainer = lightning.Trainer(
         max_epochs=25,

@@ -96,7 +96,7 @@ def test_the_artifacts_are_in_the_thesis_columns_and_in_both_adapter_forms(tiny)
 
 def test_adapters_in_closed_form_are_trained_in_context_from_the_same_answers(tiny):
     folder, _ = tiny
-    options = ("adapter=context", "adapter.bottleneck=16", "adapter.context.max_layers=3", "adapter.context.epochs=2")
+    options = ("adapter=context", "adapter.bottleneck=16", "adapter.draw.max_layers=3", "adapter.context.epochs=2")
     said = dynprune(folder, "experiment=tiny", "stage=adapters", "name=context", *options).stdout
     assert "reusing answers" in said
     [context] = manifests(folder, "context")
@@ -109,8 +109,8 @@ def test_adapters_in_closed_form_are_trained_in_context_from_the_same_answers(ti
     assert all(stack.activation == "identity" for stack in stacks.values())
     assert torch.equal(stacks["adapters"].sink_Ld, stacks["context"].sink_Ld)
     assert not torch.equal(stacks["adapters"].up_Ldb, stacks["context"].up_Ldb)
-    [errors] = [json.loads(p.read_text()) for p in (folder / "outputs/artifacts/context").glob("*/errors.json")]
-    assert len(errors["harm"]) == len(errors["weights"]) == 4
+    [harm] = [json.loads(p.read_text()) for p in (folder / "outputs/artifacts/harm").glob("*/harm.json")]
+    assert len(harm) == 4
 
 
 def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(tiny):
@@ -261,3 +261,20 @@ def test_two_processes_explore_what_one_explores(tmp_path):
     wrong = dynprune(folder, *command, "exploration.strategy.branch_factor=0", "hardware.explore_processes=2", check=False)
     assert wrong.returncode != 0
     assert "exploration.strategy.branch_factor=0 is too small" in wrong.stdout + wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_delta_is_trained_further_with_pruned_layers(tmp_path):
+    options = ("experiment=tiny", "stage=adapt", "adapt.epochs=1", "adapt.rank=2", "adapt.alpha=4", "evaluation.max_queries=2")
+    dynprune(tmp_path, *options, "name=first")
+    [first] = (tmp_path / "outputs/artifacts/adapt").glob("*/adapter_model.safetensors")
+    again = (*options, f"model.delta={first.parent}", "adapt.layer_dropout=0.8", "adapter.draw.max_layers=3")
+    dynprune(tmp_path, *again, "adapter=ridge", "adapter.bottleneck=8", "name=again")
+    [second] = [path for path in (tmp_path / "outputs/artifacts/adapt").glob("*/adapter_model.safetensors") if path != first]
+    before, after = load_file(first), load_file(second)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert first.parent.name in (second.parent / "README.md").read_text()
+    refused = dynprune(tmp_path, *again, "adapt.rank=3", check=False)
+    assert refused.returncode != 0
+    assert "type adapt.rank=2 adapt.alpha=4" in refused.stdout + refused.stderr

@@ -52,8 +52,8 @@ def draw_configuration(weights: Sequence[float], smallest: int, largest: int, rn
     drawable = sum(weight > 0 for weight in weights)
     if not 1 <= smallest <= largest <= drawable:
         raise ValueError(
-            f"adapter.context draws {smallest} to {largest} of {drawable} layers; allowed: 1 <= adapter.context.min_layers <= "
-            f"adapter.context.max_layers <= {drawable}"
+            f"adapter.draw takes {smallest} to {largest} of {drawable} layers; allowed: 1 <= adapter.draw.min_layers <= "
+            f"adapter.draw.max_layers <= {drawable}"
         )
     # Exponential clocks of rate w ring in the order of drawing by weight without replacement.
     clocks = [(rng.expovariate(weight), layer) for layer, weight in enumerate(weights) if weight > 0]
@@ -73,9 +73,7 @@ class ContextStream(IterableDataset[ContextBatch]):
     def __init__(
         self,
         samples: Sequence[Answered],
-        weights: Sequence[float],
-        smallest: int,
-        largest: int,
+        draw: Callable[[random.Random], tuple[int, ...]],
         batch_size: int,
         seed: int,
     ) -> None:
@@ -83,15 +81,12 @@ class ContextStream(IterableDataset[ContextBatch]):
 
         Args:
             samples: Prompts with the full SLM's answers.
-            weights: See `draw_configuration`.
-            smallest: See `draw_configuration`.
-            largest: See `draw_configuration`.
+            draw: Draws a configuration, for example `draw_configuration` with its weights and sizes.
             batch_size: Samples in a batch.
             seed: Seed of the order and of the configurations.
         """
         self._samples = samples
-        self._weights = weights
-        self._smallest, self._largest = smallest, largest
+        self._draw = draw
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -111,9 +106,7 @@ class ContextStream(IterableDataset[ContextBatch]):
         order = sorted(rng.sample(self._samples, len(self._samples)), key=lambda sample: sum(map(len, sample)))
         batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
         for samples in rng.sample(batches, len(batches)):
-            yield ContextBatch(
-                samples, [draw_configuration(self._weights, self._smallest, self._largest, rng) for _ in samples]
-            )
+            yield ContextBatch(samples, [self._draw(rng) for _ in samples])
 
 
 class ContextTraining(lightning.LightningModule):

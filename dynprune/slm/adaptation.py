@@ -5,10 +5,10 @@ The shipped delta ``smollm2_135m_fc`` was made by this module through ``dynprune
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -119,52 +119,57 @@ def collate_answers(samples: Sequence[TokenisedAnswer], pad_id: int) -> dict[str
         pad_id: The token that pads.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, all (B, T).
+        ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels``, all (B, T).
     """
     # Few different widths: the CPU's matrix kernels are prepared anew for each shape, which takes longer than padding.
     width = -(-max(len(sample.ids) for sample in samples) // _WIDTH_STEP) * _WIDTH_STEP
     padded = [[pad_id] * (width - len(s.ids)) + s.ids for s in samples]
-    mask = [[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples]
+    mask_BT = torch.tensor([[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples])
     labels = [[IGNORED] * (width - s.num_answer_tokens) + s.ids[-s.num_answer_tokens :] for s in samples]
     return {
         "input_ids": torch.tensor(padded),
-        "attention_mask": torch.tensor(mask),
+        "attention_mask": mask_BT,
+        "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0),
         "labels": torch.tensor(labels),
     }
+
+
+def new_delta(slm: SLM, rank: int, alpha: float, targets: Sequence[str] | str) -> PeftModel:
+    """Wraps the SLM's linear layers with a LoRA delta that changes nothing yet.
+
+    Args:
+        slm: The SLM; its own weights stay as they are.
+        rank: Rank of the delta of each linear layer.
+        alpha: LoRA's scale is alpha / rank.
+        targets: Names of the linear layers, or ``all-linear``.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft's annotation says int, its arithmetic is a division.
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return cast(PeftModel, get_peft_model(slm.model, config))
 
 
 class Adaptation(lightning.LightningModule):
     """LoRA training of an SLM on the answers of tool-calling queries."""
 
-    def __init__(
-        self,
-        slm: SLM,
-        rank: int,
-        alpha: float,
-        targets: Sequence[str] | str,
-        learning_rate: float,
-        warmup_share: float,
-    ) -> None:
-        """Wraps the SLM's linear layers with LoRA.
+    def __init__(self, model: PeftModel, learning_rate: float, warmup_share: float, prune: Callable[[str, int], None]) -> None:
+        """Binds the SLM.
 
         Args:
-            slm: The SLM; its own weights stay as they are.
-            rank: Rank of the delta of each linear layer.
-            alpha: LoRA's scale is alpha / rank.
-            targets: Names of the linear layers, or ``all-linear``.
+            model: The SLM with a delta to train, `new_delta` or one to go on from; its own weights stay as they are.
             learning_rate: Peak rate of AdamW.
             warmup_share: Share of the steps with a rising rate, in 0..1; it falls along a cosine after that.
+            prune: Called before each batch with a text that names it and its number of samples: prunes layers of an SLM that
+                learns to be pruned, or nothing.
         """
         super().__init__()
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # peft's annotation says int, its arithmetic is a division.
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        self.slm: PeftModel = get_peft_model(slm.model, config)
+        self.slm = model
         self.learning_rate = learning_rate
         self.warmup_share = warmup_share
+        self._prune = prune
         # Checkpoints hold the delta alone, see `on_save_checkpoint`.
         self.strict_loading = False
 
@@ -172,11 +177,13 @@ class Adaptation(lightning.LightningModule):
         """Mean negative log-likelihood of the answer's tokens, in nats a token."""
         labels_BT = batch["labels"]
         keep = int((labels_BT != IGNORED).sum(dim=1).max()) + 1
+        self._prune(f"{self.current_epoch}-{batch_idx}", len(labels_BT))
         # Autocast chooses the dtype of each product already: peft's own casts would double time and memory.
         with disable_input_dtype_casting(self.slm):
             logits_BTV = self.slm(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"],
                 logits_to_keep=keep,
                 use_cache=False,
             ).logits

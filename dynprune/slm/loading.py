@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -233,6 +233,20 @@ def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Args:
         model: The base model, in float32 so that the sum is rounded once.
+        folder: See `wrap_with_delta`.
+
+    Raises:
+        ValueError: If the delta does not fit the model.
+    """
+    merged: Any = wrap_with_delta(model, folder).merge_and_unload()
+    return cast(PreTrainedModel, merged)
+
+
+def wrap_with_delta(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Wraps a model's linear layers with a LoRA delta.
+
+    Args:
+        model: The base model.
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (peft's names).
 
     Raises:
@@ -245,8 +259,7 @@ def merge_delta(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     report: Any = set_peft_model_state_dict(wrapped, state)
     if report.unexpected_keys:
         raise ValueError(f"model.delta: {weights} does not fit this model: it has {report.unexpected_keys[:3]} …")
-    merged: Any = wrapped.merge_and_unload()
-    return cast(PreTrainedModel, merged)
+    return wrapped
 
 
 def _plain_lora_config(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The stage ``adapt``: task-tunes an SLM by LoRA and scores it on the test split."""
 
 import json
+import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import run_queries
 from dynprune.evaluation.machine import describe_machine
 from dynprune.evaluation.statistics import mean_interval
-from dynprune.slm.adaptation import Adaptation, AnswerData, save_delta
-from dynprune.slm.loading import SLM
-from dynprune.slm.pruning import LayerPruner
+from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delta
+from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
+from dynprune.slm.pruning import LayerPruner, configuration_mask
+from dynprune.stages.adapters import adapters, drawing, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -26,7 +28,11 @@ VERSION = 2
 
 
 def adapt(run: Run) -> Artifact:
-    """Makes the LoRA delta of an SLM: peft's two files, the functions it was trained on, and a model card."""
+    """Makes the LoRA delta of an SLM: peft's two files, the functions it was trained on, and a model card.
+
+    Where the SLM has a delta already, the training goes on from it. With ``adapt.layer_dropout`` the SLM learns to be pruned,
+    the adapters of the run in the layers' places.
+    """
     queries = run.queries("adapt", None, "data.splits.adapt")
     held_out = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
     config = {
@@ -35,27 +41,44 @@ def adapt(run: Run) -> Artifact:
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
         "seed": run.config.seed,
     }
+    upstream = {}
+    stand_ins = adapters(run) if run.config.adapt.layer_dropout else None
+    if run.config.adapt.layer_dropout:
+        config["draw"] = plain(run.config.adapter.draw)
+        upstream["adapters"] = stand_ins.fingerprint if stand_ins else "none"
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
-        _train(run, queries, folder)
+        _train(run, queries, folder, stand_ins)
         seconds = time.monotonic() - start
         counts = {"training_samples": len(queries) * run.config.adapt.epochs, **_score(run, held_out, folder)}
         _write_card(run, folder, counts, seconds)
         return counts
 
     data = {"adapt": digest(queries), "test": digest(held_out)}
-    return run.store.get_or_build("adapt", VERSION, config, data, {}, build, resumable=True)
+    return run.store.get_or_build("adapt", VERSION, config, data, upstream, build, resumable=True)
 
 
-def _train(run: Run, queries: Sequence[Query], folder: Path) -> None:
+def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact | None) -> None:
     settings = run.config.adapt
     lightning.seed_everything(run.config.seed, workers=True)
-    slm = run.slm
+    draw = drawing(run, stand_ins) if settings.layer_dropout else None
+    # The SLM that the adapters were measured on makes room for the one that is trained.
+    vars(run).pop("slm", None)
+    # The SLM as it was before its delta: that is what the delta is trained on.
+    slm: SLM = instantiate(run.config.model, delta=None, device=run.config.hardware.device)
     data = AnswerData(queries, slm.tokenizer, settings.swap, settings.compose, settings.micro_batch_size, run.config.seed)
-    module = Adaptation(
-        slm, settings.rank, settings.alpha, plain(settings.targets), settings.learning_rate, settings.warmup_share
-    )
+    delta = run.config.model.delta
+    if delta is None:
+        model = new_delta(slm, settings.rank, settings.alpha, plain(settings.targets))
+    else:
+        model = wrap_with_delta(slm.model, delta_folder(delta))
+        stored: Any = model.peft_config["default"]
+        if (stored.r, stored.lora_alpha) != (settings.rank, settings.alpha):
+            raise ValueError(
+                f"adapt.rank={settings.rank} adapt.alpha={settings.alpha} do not fit model.delta={delta}, from which the "
+                f"training goes on; type adapt.rank={stored.r} adapt.alpha={stored.lora_alpha}, or model.delta=null"
+            )
     trainer = run.trainer(
         "adapt",
         folder,
@@ -68,10 +91,17 @@ def _train(run: Run, queries: Sequence[Query], folder: Path) -> None:
         precision=run.mixed_precision,
     )
     last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-    save_delta(module.slm, folder, queries)
-    # LoRA layers are wrapped around the run's own SLM now: nobody may take it for the one that was loaded.
-    del run.slm
+    with pruner_of(run, stand_ins, slm) as pruner:
+
+        def prune(batch: str, size: int) -> None:
+            if draw is not None:
+                rng = random.Random(f"{run.config.seed}-{batch}")
+                chosen = [draw(rng) if rng.random() < settings.layer_dropout else () for _ in range(size)]
+                pruner.prune(configuration_mask(slm, chosen))
+
+        module = Adaptation(model, settings.learning_rate, settings.warmup_share, prune)
+        trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    save_delta(model, folder, queries)
 
 
 def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
@@ -89,6 +119,13 @@ def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
         "test_queries": len(queries),
         **{name: [interval.mean, interval.low, interval.high] for name, interval in intervals.items()},
     }
+
+
+def _start(run: Run) -> str:
+    delta = run.config.model.delta
+    if delta is None:
+        return "the base model"
+    return f"the delta {Path(delta).name} (content {run.model_identity['delta_content'][:12]}), trained on the same split"
 
 
 def _write_card(run: Run, folder: Path, counts: Mapping[str, Any], seconds: float) -> None:
@@ -118,6 +155,7 @@ called function; `functions.json` lists those that were trained on.
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
   trained on the adapt split only, {counts["training_samples"]} samples over all epochs
 - Recipe: {json.dumps(plain(run.config.adapt))}
+- Start: {_start(run)}
 - Seed: {run.config.seed}
 - Wall-clock of the training (of its last attempt): {seconds / 60:.0f} minutes on {machine["cpu"]}, {machine["cores"]} cores
 - Licence: {run.config.adapt.license}

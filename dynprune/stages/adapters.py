@@ -3,7 +3,8 @@
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynprune.adapters.checkpoint import load_adapters, save_adapters, save_thesis_adapters
-from dynprune.adapters.context import ContextStream, ContextTraining
+from dynprune.adapters.context import ContextStream, ContextTraining, draw_configuration
 from dynprune.adapters.distillation import Distillation
 from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
@@ -24,6 +25,7 @@ from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.metrics.scores import get_score
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations
+from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
@@ -31,8 +33,10 @@ from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 VERSION = 2
 CONTEXT_VERSION = 1
 ANSWERS_VERSION = 1
+HARM_VERSION = 1
 _FITS = ("distil", "ridge")
 _ANSWERS = "answers.json"
+_HARM = "harm.json"
 
 
 @once_a_run
@@ -44,12 +48,20 @@ def adapters(run: Run) -> Artifact | None:
     return _trained_in_context(run, fitted) if run.config.adapter.context.epochs else fitted
 
 
-def pruner_of(run: Run, artifact: Artifact | None) -> LayerPruner:
-    """The pruner of the run's SLM with its adapters, to be entered."""
+def pruner_of(run: Run, artifact: Artifact | None, slm: SLM | None = None) -> LayerPruner:
+    """The pruner of the run's SLM, or another one, with the run's adapters, to be entered."""
+    slm = run.slm if slm is None else slm
     if artifact is None:
-        return LayerPruner(run.slm)
-    stack = load_adapters(artifact.folder).to(device=run.slm.device, dtype=run.slm.model.dtype)
-    return LayerPruner(run.slm, stack)
+        return LayerPruner(slm)
+    return LayerPruner(slm, load_adapters(artifact.folder).to(device=slm.device, dtype=slm.model.dtype))
+
+
+def drawing(run: Run, stand_ins: Artifact | None) -> Callable[[random.Random], tuple[int, ...]]:
+    """Draws a random configuration: the more a layer's pruning alone hurts, the rarer it is drawn."""
+    settings = run.config.adapter.draw
+    harm = json.loads((_harm(run, stand_ins).folder / _HARM).read_text(encoding="utf-8"))
+    weights = [math.exp(-max(0.0, nats) / settings.fragility) for nats in harm]
+    return partial(draw_configuration, weights, settings.min_layers, settings.max_layers)
 
 
 def _fitted(run: Run) -> Artifact:
@@ -60,7 +72,7 @@ def _fitted(run: Run) -> Artifact:
     source = _answers(run)
     config = {
         "model": run.model_identity,
-        "adapter": {key: value for key, value in plain(settings).items() if key != "context"},
+        "adapter": {key: value for key, value in plain(settings).items() if key not in ("context", "draw")},
         "folder": content_digest(settings.folder),
         "precision": run.config.hardware.trainer.precision,
         "seed": run.config.seed,
@@ -96,10 +108,7 @@ def _fitted(run: Run) -> Artifact:
                 last = folder / "checkpoints" / "last.ckpt"
                 trainer.fit(module, data, ckpt_path=last if last.exists() else None)
         trainer.validate(module, data, verbose=False)
-        _save(run, stack, folder)
-        errors = {"mse": module.mse_L.tolist(), "relative_error": module.relative_error_L.tolist()}
-        with replacing(folder / "errors.json") as path:
-            path.write_text(json.dumps(errors, indent=2), encoding="utf-8")
+        _save(run, stack, module, folder)
         return {
             "training": len(training),
             "validation": len(validation),
@@ -116,6 +125,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
     config = {
         "model": run.model_identity,
         "context": plain(settings),
+        "draw": plain(run.config.adapter.draw),
         "validation_share": run.config.adapter.validation_share,
         "seed": run.config.seed,
     }
@@ -123,12 +133,11 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
         training, validation = _split(run, source)
-        weights, harm = _weights(run, fitted, training)
         stack = load_adapters(fitted.folder).to(run.slm.device).train().requires_grad_(True)
-        sizes = (settings.min_layers, settings.max_layers)
+        draw = drawing(run, fitted)
         data = StreamData(
-            ContextStream(training, weights, *sizes, settings.micro_batch_size, run.config.seed),
-            [ContextStream(validation, weights, *sizes, settings.micro_batch_size, run.config.seed)],
+            ContextStream(training, draw, settings.micro_batch_size, run.config.seed),
+            [ContextStream(validation, draw, settings.micro_batch_size, run.config.seed)],
         )
         best = ModelCheckpoint(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1, save_last=True)
         trainer = run.trainer(
@@ -148,11 +157,10 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             trainer.fit(module, data, ckpt_path=last if last.exists() else None)
         state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(state)
-        _save(run, stack, folder)
-        # What the adapters were fitted to has not changed: their errors on the full SLM's states stay those of the fit.
-        errors = json.loads((fitted.folder / "errors.json").read_text(encoding="utf-8"))
-        with replacing(folder / "errors.json") as path:
-            path.write_text(json.dumps({**errors, "harm": harm, "weights": weights}, indent=2), encoding="utf-8")
+        # How far each adapter is from its own layer now: farther than before, since it makes up for others too.
+        errors = Distillation(stack, run.config.adapter.loss, instantiate(settings.optimizer))
+        trainer.validate(errors, StreamData(_states(run, validation, None), [_states(run, validation, None)]), verbose=False)
+        _save(run, stack, errors, folder)
         return {"kl_before": before["validation/kl"], "kl": float(best.best_model_score or math.nan)}
 
     return run.store.get_or_build(
@@ -166,7 +174,11 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
     )
 
 
-def _save(run: Run, stack: AdapterStack, folder: Path) -> None:
+def _save(run: Run, stack: AdapterStack, measured: Distillation, folder: Path) -> None:
+    """Writes adapters and their measured errors."""
+    errors = {"mse": measured.mse_L.tolist(), "relative_error": measured.relative_error_L.tolist()}
+    with replacing(folder / "errors.json") as path:
+        path.write_text(json.dumps(errors, indent=2), encoding="utf-8")
     save_adapters(stack, folder, run.slm.name)
     if stack.activation == "relu" and stack.sink_Ld is None:
         save_thesis_adapters(stack, folder / "thesis")
@@ -196,21 +208,30 @@ def _first_residuals(run: Run, samples: Sequence[Answered]) -> torch.Tensor:
     return (states[1:] - states[:-1]).mean(dim=1).cpu()
 
 
-def _weights(run: Run, fitted: Artifact, samples: Sequence[Answered]) -> tuple[list[float], list[float]]:
-    """How often each layer is pruned in training, the rarer, the more that alone hurts; and the harm in nats a token."""
-    settings = run.config.adapter.context
-    probes = random.Random(run.config.seed).sample(samples, min(settings.probe_samples, len(samples)))
-    configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
-    nats, tokens = [0.0] * len(configurations), 0
-    with pruner_of(run, fitted) as pruner:
-        scored = score_configurations(run.slm, pruner, probes, configurations, run.config.hardware.batch_size)
+def _harm(run: Run, stand_ins: Artifact | None) -> Artifact:
+    """By how many nats a token the answers get less likely where a layer is pruned alone."""
+    count = run.config.adapter.draw.probe_samples
+    source = _answers(run)
+    config = {"model": run.model_identity, "probe_samples": count, "seed": run.config.seed}
+    upstream = {"adapters": stand_ins.fingerprint if stand_ins else "none", "answers": source.fingerprint}
+
+    def build(folder: Path) -> dict[str, Any]:
+        samples, _ = _split(run, source)
+        probes = random.Random(run.config.seed).sample(samples, min(count, len(samples)))
+        configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
+        nats, tokens = [0.0] * len(configurations), 0
         batches = math.ceil(len(probes) / run.config.hardware.batch_size)
-        for _, scores in track(scored, "measuring the harm of each layer", batches):
-            tokens += int(scores[0].tokens_B.sum())
-            nats = [total + float(score.nats_B.sum()) for total, score in zip(nats, scores, strict=True)]
-    full, *single = (total / tokens for total in nats)
-    harm = [value - full for value in single]
-    return [math.exp(-max(0.0, value) / settings.fragility) for value in harm], harm
+        with pruner_of(run, stand_ins) as pruner:
+            scored = score_configurations(run.slm, pruner, probes, configurations, run.config.hardware.batch_size)
+            for _, scores in track(scored, "measuring the harm of each layer", batches):
+                tokens += int(scores[0].tokens_B.sum())
+                nats = [total + float(score.nats_B.sum()) for total, score in zip(nats, scores, strict=True)]
+        full, *single = (total / tokens for total in nats)
+        with replacing(folder / _HARM) as path:
+            path.write_text(json.dumps([value - full for value in single]), encoding="utf-8")
+        return {"samples": len(probes)}
+
+    return run.store.get_or_build("harm", HARM_VERSION, config, {}, upstream, build, resumable=False)
 
 
 @once_a_run

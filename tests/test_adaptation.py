@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from dynprune.adapters.stack import AdapterStack
+from dynprune.slm.adaptation import IGNORED, Adaptation, TokenisedAnswer, collate_answers, new_delta, save_delta
+from dynprune.slm.loading import merge_delta, wrap_with_delta
+from dynprune.slm.pruning import LayerPruner, configuration_mask
+
+SAMPLES = [TokenisedAnswer([5, 9, 30, 41, 7, 2], 2), TokenisedAnswer([8, 60, 3], 1), TokenisedAnswer([7, 7, 90, 14], 3)]
+
+
+class Skip(torch.nn.Module):
+    def __init__(self, stack: AdapterStack, index: int) -> None:
+        super().__init__()
+        self.stack, self.index = stack, index
+
+    def forward(self, hidden, *args, **kwargs):
+        return self.stack.layer(self.index, hidden, torch.arange(hidden.shape[1])[None])
+
+
+def alone(model, sample: TokenisedAnswer) -> tuple[torch.Tensor, int]:
+    """Summed loss of one sample without padding."""
+    logits = model(input_ids=torch.tensor([sample.ids]), use_cache=False).logits[0, -sample.num_answer_tokens - 1 : -1]
+    return functional.cross_entropy(logits, torch.tensor(sample.ids[-sample.num_answer_tokens :]), reduction="sum"), len(logits)
+
+
+def loss_of(model, prune) -> torch.Tensor:
+    module = Adaptation(model, 1e-3, 0.0, prune)
+    module.log = lambda *args, **kwargs: None
+    return module.training_step(collate_answers(SAMPLES, pad_id=0), 0)
+
+
+def random_delta(make_slm, folder):
+    """A delta that changes something, written to a folder."""
+    model = new_delta(make_slm(), 2, 4, "all-linear")
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            # What bfloat16 holds exactly, since the file is in bfloat16.
+            parameter.data = (torch.randn_like(parameter) * 0.3).bfloat16().float()
+    save_delta(model, folder, [])
+    return folder
+
+
+def test_labels_are_the_answers_and_positions_start_at_the_first_real_token():
+    batch = collate_answers(SAMPLES, pad_id=0)
+    assert batch["input_ids"].shape == (3, 64)
+    for row, sample in enumerate(SAMPLES):
+        start = 64 - len(sample.ids)
+        assert batch["position_ids"][row, start:].tolist() == list(range(len(sample.ids)))
+        labels = batch["labels"][row]
+        assert labels[labels != IGNORED].tolist() == sample.ids[-sample.num_answer_tokens :]
+
+
+def test_training_goes_on_from_the_slm_with_its_delta(make_slm, tmp_path):
+    folder = random_delta(make_slm, tmp_path / "delta")
+    merged = merge_delta(make_slm().model, folder)
+    losses = [alone(merged, sample) for sample in SAMPLES]
+    want = sum(loss.item() for loss, _ in losses) / sum(count for _, count in losses)
+    model = wrap_with_delta(make_slm().model, folder)
+    loss = loss_of(model, lambda batch, size: None)
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+    loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_with_pruned_layers_the_loss_and_its_gradient_are_those_of_swapped_modules(make_slm, tmp_path):
+    folder = random_delta(make_slm, tmp_path / "delta")
+    torch.manual_seed(1)
+    stack = AdapterStack(4, 32, 4, sink=True).requires_grad_(False)
+    for value in (*stack.parameters(), stack.sink_Ld):
+        value.copy_(torch.randn_like(value) * 0.3)
+    configurations = [(0, 2), (), (1, 3)]
+
+    oracle = wrap_with_delta(make_slm().model, folder)
+    total, tokens = torch.zeros(()), 0
+    for sample, configuration in zip(SAMPLES, configurations, strict=True):
+        layers = oracle.base_model.model.model.layers
+        kept = {index: layers[index] for index in configuration}
+        for index in configuration:
+            layers[index] = Skip(stack, index)
+        loss, count = alone(oracle, sample)
+        total, tokens = total + loss, tokens + count
+        for index, layer in kept.items():
+            layers[index] = layer
+    (total / tokens).backward()
+
+    slm = make_slm()
+    model = wrap_with_delta(slm.model, folder)
+    with LayerPruner(slm, stack) as pruner:
+        loss = loss_of(model, lambda batch, size: pruner.prune(configuration_mask(slm, configurations[:size])))
+        loss.backward()
+    assert loss.item() == pytest.approx((total / tokens).item(), rel=1e-4)
+    want = {name: parameter.grad for name, parameter in oracle.named_parameters() if "lora_" in name}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_delta_comes_back_as_it_was_written(make_slm, tmp_path):
+    folder = random_delta(make_slm, tmp_path / "delta")
+    first = wrap_with_delta(make_slm().model, folder)
+    save_delta(first, tmp_path / "again", [])
+    assert (folder / "adapter_model.safetensors").read_bytes() == (tmp_path / "again/adapter_model.safetensors").read_bytes()
