@@ -5,6 +5,7 @@
 - Means of other scores, and mean differences: the bias-corrected and accelerated bootstrap (BCa, Efron
   1987).
 - Medians: the percentile bootstrap, since BCa's jackknife acceleration is not consistent for a median.
+- Ratios of two means over the same queries: BCa of the ratio, both means resampled together.
 - Paired 0/1 scores: McNemar's exact test, a two-sided binomial test on the queries on which the rows
   disagree.
 - Several comparisons: Holm's step-down correction (Holm 1979).
@@ -14,11 +15,20 @@ Every function is deterministic: the bootstrap draws from a generator with a fix
 Where all values are the same, n = 1 included, each resample is the sample itself and the bootstrap has
 nothing to say. The interval then collapses onto the estimate; its width of 0 is a limit of the method, not
 evidence of certainty. (Shares are not concerned: Wilson's interval has a width there.)
+
+Queries are the sample and seeds are a nuisance. A claim is about queries that nobody has asked yet, of which
+the test split is a sample; the seeds of a router are a few runs of one recipe, and nobody is interested in them
+for themselves. So scores are averaged over seeds for each query first, and queries alone are resampled: the
+mean estimates the accuracy of a router trained once more, whichever its seed. Resampling pairs of query and seed
+instead would count each query once a seed, as if the answers of one query under three seeds were three queries,
+and make intervals up to √S too narrow. What differs between seeds is reported beside the interval, as their spread.
+
+Axis suffixes: S = seeds, N = queries.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +40,7 @@ from statsmodels.stats.proportion import proportion_confint
 CONFIDENCE = 0.95
 _RESAMPLES = 9999
 _BATCH = 500  # Resamples drawn at once: bounds the memory at _BATCH * n numbers.
+_NOTHING = 1e-12  # Stands for a denominator that is not above 0, and keeps the ratio finite.
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,21 @@ class PairedDifference:
     wins: int
     losses: int
     p_value: float | None
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """A score over several seeds of one method.
+
+    Attributes:
+        mean: Mean over seeds and queries, with its interval over queries.
+        spread: Standard deviation (n - 1) of the seeds' own means; ``None`` for a single seed.
+        seeds: Number of seeds.
+    """
+
+    mean: Interval
+    spread: float | None
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -149,18 +175,83 @@ def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, confidence: float = CO
     Raises:
         ValueError: The two have different lengths, or one is not a sample (see `mean_interval`).
     """
-    sample_a, sample_b = _sample(a, confidence), _sample(b, confidence)
-    if sample_a.size != sample_b.size:
-        raise ValueError(
-            f"A paired comparison needs two scores for each query, but one row has {sample_a.size} scores "
-            f"and the other {sample_b.size}; evaluate both rows on the same queries."
-        )
+    sample_a, sample_b = _paired_samples(a, b, confidence)
     wins, losses = int((sample_a > sample_b).sum()), int((sample_a < sample_b).sum())
     p_value = None
     if _is_binary(sample_a) and _is_binary(sample_b):
         # Only the discordant cells enter the exact test.
         p_value = float(mcnemar([[0, wins], [losses, 0]], exact=True).pvalue)
     return PairedDifference(_bca(sample_a - sample_b, confidence, seed), wins, losses, p_value)
+
+
+def ratio_interval(
+    numerator: npt.ArrayLike, denominator: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0
+) -> Interval | None:
+    """Ratio of two means over the same queries, with its BCa interval over queries.
+
+    Args:
+        numerator: One value per query.
+        denominator: The values to divide by, in the same order of queries.
+        confidence: Coverage, between 0 and 1.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The ratio of the means (not the mean of ratios); ``None`` unless the denominator's mean is above 0 with
+        this confidence, that is if its own BCa interval reaches 0: what is divided by nothing, or by noise, has no
+        ratio, and its confidence set is the whole line (Fieller 1954). A resample whose denominator is not above 0
+        counts as a ratio beyond every bound, on its numerator's side.
+
+    Raises:
+        ValueError: The two have different lengths, or one is not a sample (see `mean_interval`).
+    """
+    above_N, below_N = _paired_samples(numerator, denominator, confidence)
+    if _bca(below_N, confidence, seed).low <= 0:
+        return None
+    ratio = float(above_N.mean() / below_N.mean())
+    if _is_constant(above_N - ratio * below_N):
+        return Interval(ratio, ratio, ratio)
+    low, high = _resample((above_N, below_N), _ratio_of_means, "BCa", confidence, seed)
+    return Interval(ratio, low, high)
+
+
+def over_seeds(scores_SN: npt.ArrayLike) -> SeedSummary:
+    """Summarises one method's scores over its seeds (module docstring).
+
+    Args:
+        scores_SN: ``[S, N]``: by seed, one score per query, in the same order of queries.
+
+    Returns:
+        Mean with its interval over queries, and the spread between seeds.
+
+    Raises:
+        ValueError: The scores are not ``[S, N]``, or no sample (see `mean_interval`).
+    """
+    scores = np.asarray(scores_SN, dtype=np.float64)
+    if scores.ndim != 2 or not scores.size:
+        raise ValueError(f"Scores of several seeds have the shape [seeds, queries], both at least 1, not {list(scores.shape)}.")
+    spread = float(scores.mean(axis=1).std(ddof=1)) if len(scores) > 1 else None
+    return SeedSummary(mean_interval(scores.mean(axis=0)), spread, len(scores))
+
+
+def paired_difference_over_seeds(a_SN: npt.ArrayLike, b_SN: npt.ArrayLike) -> PairedDifference:
+    """Compares two rows on the same queries, each averaged over its seeds per query first.
+
+    The unit of resampling is the query: queries are the sample, seeds are a nuisance (module docstring). Two rows
+    may have different numbers of seeds, since seed 1 of the one has nothing to do with seed 1 of the other.
+
+    Args:
+        a_SN: ``[S, N]``: by seed, one score per query; ``[N]`` for a row without seeds.
+        b_SN: The other row's, for the same queries in the same order.
+
+    Returns:
+        What `paired_difference` says about the averages. McNemar's test needs scores of 0 and 1, so its p is
+        ``None`` where seeds differ.
+
+    Raises:
+        ValueError: See `paired_difference`.
+    """
+    a_N, b_N = (np.atleast_2d(np.asarray(scores, dtype=np.float64)).mean(axis=0) for scores in (a_SN, b_SN))
+    return paired_difference(a_N, b_N)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -231,19 +322,46 @@ def _bootstrap(
     sample: npt.NDArray[np.float64], statistic: Literal["mean", "median"], confidence: float, seed: int
 ) -> tuple[float, float]:
     function, method = (np.mean, "BCa") if statistic == "mean" else (np.median, "percentile")
-    # Differences such as 0.3 - 0.2 and 0.4 - 0.3 are equal but for rounding, which is no spread to resample.
-    if np.ptp(sample) <= 1e-12 * max(1.0, float(np.abs(sample).max())):
+    if _is_constant(sample):
         return float(function(sample)), float(function(sample))
+    return _resample((sample,), function, method, confidence, seed)
+
+
+def _resample(
+    samples: tuple[npt.NDArray[np.float64], ...], function: Callable[..., Any], method: str, confidence: float, seed: int
+) -> tuple[float, float]:
     result = bootstrap(
-        (sample,),
+        samples,
         function,
         confidence_level=confidence,
         n_resamples=_RESAMPLES,
         batch=_BATCH,
         method=method,
+        paired=True,
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _ratio_of_means(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
+    return np.asarray(above.mean(axis=axis) / np.maximum(below.mean(axis=axis), _NOTHING))
+
+
+def _is_constant(sample: npt.NDArray[np.float64]) -> bool:
+    # Differences such as 0.3 - 0.2 and 0.4 - 0.3 are equal but for rounding, which is no spread to resample.
+    return bool(np.ptp(sample) <= 1e-12 * max(1.0, float(np.abs(sample).max())))
+
+
+def _paired_samples(
+    a: npt.ArrayLike, b: npt.ArrayLike, confidence: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    sample_a, sample_b = _sample(a, confidence), _sample(b, confidence)
+    if sample_a.size != sample_b.size:
+        raise ValueError(
+            f"A paired comparison needs two scores for each query, but one row has {sample_a.size} scores "
+            f"and the other {sample_b.size}; evaluate both rows on the same queries."
+        )
+    return sample_a, sample_b
 
 
 def _sample(values: npt.ArrayLike, confidence: float) -> npt.NDArray[np.float64]:
