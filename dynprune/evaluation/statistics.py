@@ -8,6 +8,7 @@
 - Ratios of two means over the same queries: BCa of the ratio, both means resampled together.
 - Paired 0/1 scores: McNemar's exact test, a two-sided binomial test on the queries on which the rows
   disagree.
+- Paired averages of 0/1 scores over seeds: the exact sign-flip test, which is McNemar's for a single seed.
 - Several comparisons: Holm's step-down correction (Holm 1979).
 
 Every function is deterministic: the bootstrap draws from a generator with a fixed seed.
@@ -27,7 +28,7 @@ Axis suffixes: S = seeds, N = queries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,7 +70,8 @@ class PairedDifference:
         difference: Mean of ``a - b`` over queries.
         wins: Queries on which ``a`` scores higher.
         losses: Queries on which ``b`` scores higher.
-        p_value: McNemar's exact two-sided p for 0/1 scores; ``None`` for other scores.
+        p_value: McNemar's exact two-sided p for 0/1 scores (over seeds: that of the exact sign-flip test); ``None`` for
+            other scores.
     """
 
     difference: Interval
@@ -105,7 +107,8 @@ class Comparison:
         difference: Mean of the row's score minus the baseline's.
         wins: Queries on which the row scores higher.
         losses: Queries on which the baseline scores higher.
-        p_value: McNemar's exact two-sided p for 0/1 scores; ``None`` for other scores.
+        p_value: McNemar's exact two-sided p for 0/1 scores (over seeds: that of the exact sign-flip test); ``None`` for
+            other scores.
         p_holm: `p_value` corrected for all comparisons made together; ``None`` where that is ``None``.
     """
 
@@ -218,22 +221,22 @@ def over_seeds(scores_SN: npt.ArrayLike) -> SeedSummary:
     """Summarises one method's scores over its seeds (module docstring).
 
     Args:
-        scores_SN: ``[S, N]``: by seed, one score per query, in the same order of queries.
+        scores_SN: ``[S, N]``: by seed, one score per query, in the same order of queries; ``[N]`` is one seed.
 
     Returns:
         Mean with its interval over queries, and the spread between seeds.
 
     Raises:
-        ValueError: The scores are not ``[S, N]``, or no sample (see `mean_interval`).
+        ValueError: The scores have another shape, or are no sample (see `mean_interval`).
     """
-    scores = np.asarray(scores_SN, dtype=np.float64)
-    if scores.ndim != 2 or not scores.size:
-        raise ValueError(f"Scores of several seeds have the shape [seeds, queries], both at least 1, not {list(scores.shape)}.")
-    spread = float(scores.mean(axis=1).std(ddof=1)) if len(scores) > 1 else None
-    return SeedSummary(mean_interval(scores.mean(axis=0)), spread, len(scores))
+    by_seed = _by_seed(scores_SN)
+    spread = float(by_seed.mean(axis=1).std(ddof=1)) if len(by_seed) > 1 else None
+    return SeedSummary(mean_interval(by_seed.mean(axis=0)), spread, len(by_seed))
 
 
-def paired_difference_over_seeds(a_SN: npt.ArrayLike, b_SN: npt.ArrayLike) -> PairedDifference:
+def paired_difference_over_seeds(
+    a_SN: npt.ArrayLike, b_SN: npt.ArrayLike, confidence: float = CONFIDENCE, seed: int = 0
+) -> PairedDifference:
     """Compares two rows on the same queries, each averaged over its seeds per query first.
 
     The unit of resampling is the query: queries are the sample, seeds are a nuisance (module docstring). Two rows
@@ -242,16 +245,24 @@ def paired_difference_over_seeds(a_SN: npt.ArrayLike, b_SN: npt.ArrayLike) -> Pa
     Args:
         a_SN: ``[S, N]``: by seed, one score per query; ``[N]`` for a row without seeds.
         b_SN: The other row's, for the same queries in the same order.
+        confidence: Coverage of the difference's interval, between 0 and 1.
+        seed: Seed of the bootstrap.
 
     Returns:
-        What `paired_difference` says about the averages. McNemar's test needs scores of 0 and 1, so its p is
-        ``None`` where seeds differ.
+        What `paired_difference` says about the averages. Where all scores are 0/1 but averages are not, p is that of
+        the exact sign-flip test: the chance of a mean difference so far from 0 if for each query it were a coin's
+        toss which row had which average. For averages of 0/1 that test is McNemar's.
 
     Raises:
         ValueError: See `paired_difference`.
     """
-    a_N, b_N = (np.atleast_2d(np.asarray(scores, dtype=np.float64)).mean(axis=0) for scores in (a_SN, b_SN))
-    return paired_difference(a_N, b_N)
+    a, b = _by_seed(a_SN), _by_seed(b_SN)
+    result = paired_difference(a.mean(axis=0), b.mean(axis=0), confidence, seed)
+    if result.p_value is None and _is_binary(a) and _is_binary(b):
+        # Whole numbers, a sum of which is exact: differences of the averages in units of 1 / (S of a * S of b).
+        units_N = (a.sum(axis=0) * len(b) - b.sum(axis=0) * len(a)).astype(np.int64)
+        return replace(result, p_value=_sign_flip_p(units_N))
+    return result
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -279,7 +290,8 @@ def compare(
     """Compares pairs of rows on one score; all pairs together are one family for Holm's correction.
 
     Args:
-        scores: The scores of each row, by its name; one per query, in the same order of queries.
+        scores: The scores of each row, by its name; one per query, in the same order of queries, or ``[S, N]`` where
+            there are seeds (see `paired_difference_over_seeds`).
         pairs: Names ``(row, baseline)`` to compare.
         score: Name of the score, kept in the result.
         confidence: Coverage of the differences' intervals, between 0 and 1.
@@ -294,7 +306,7 @@ def compare(
     for name in (name for pair in pairs for name in pair):
         if name not in scores:
             raise ValueError(f"There is no row {name!r} to compare; the rows are {', '.join(scores)}.")
-    results = [paired_difference(scores[row], scores[baseline], confidence, seed) for row, baseline in pairs]
+    results = [paired_difference_over_seeds(scores[row], scores[baseline], confidence, seed) for row, baseline in pairs]
     tested = [i for i, result in enumerate(results) if result.p_value is not None]
     p_holm = dict(zip(tested, holm([p for r in results if (p := r.p_value) is not None]), strict=True))
     return [
@@ -302,7 +314,7 @@ def compare(
             row=row,
             baseline=baseline,
             score=score,
-            n=np.size(scores[row]),
+            n=np.shape(scores[row])[-1],
             difference=result.difference,
             wins=result.wins,
             losses=result.losses,
@@ -362,6 +374,26 @@ def _paired_samples(
             f"and the other {sample_b.size}; evaluate both rows on the same queries."
         )
     return sample_a, sample_b
+
+
+def _by_seed(scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    by_seed = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    if by_seed.ndim != 2 or not by_seed.size:
+        raise ValueError(
+            f"Scores of several seeds have the shape [seeds, queries], both at least 1, not {list(by_seed.shape)}."
+        )
+    return by_seed
+
+
+def _sign_flip_p(units_N: npt.NDArray[np.int64]) -> float:
+    """Two-sided p of the sum of whole numbers under all 2^N choices of their signs, by its distribution, not by trying them."""
+    reach = int(np.abs(units_N).sum())
+    chance = np.zeros(2 * reach + 1)
+    chance[reach] = 1.0
+    for size in np.abs(units_N):
+        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2
+    sums = np.arange(-reach, reach + 1)
+    return min(1.0, float(chance[np.abs(sums) >= abs(int(units_N.sum()))].sum()))
 
 
 def _sample(values: npt.ArrayLike, confidence: float) -> npt.NDArray[np.float64]:

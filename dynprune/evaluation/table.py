@@ -226,7 +226,9 @@ def _markdown(
     if any(row.timed for row in rows):
         blocks += ["**Time**: medians over queries.", _time_table(rows)]
     if comparisons:
-        blocks += ["**Comparisons**, paired by query. p: McNemar, exact; Holm: corrected for all of them."]
+        blocks += [
+            "**Comparisons**, paired by query. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
+        ]
         blocks += [_comparison_table(comparisons)]
     blocks += [f"Machine: {_listed(machine)}.", f"Versions: {_listed(versions)}."]
     return "\n\n".join(blocks) + "\n"
