@@ -108,7 +108,7 @@ def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
     if not curves:
         raise ValueError("The figure of budget curves needs at least one curve.")
     panels: dict[Axis, str] = {"nominal_speedup": "Nominal speedup, %", "measured_speedup": "Measured speedup, %"}
-    if not any(_points(curve, "measured_speedup").size for curve in curves):
+    if not any(_has(curve, "measured_speedup") for curve in curves):
         del panels["measured_speedup"]
     height = 1.35 + 3.3 * len(panels)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI / 2, facecolor="white")
@@ -116,8 +116,7 @@ def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
     axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.085, right=0.975, bottom=0.55 / height, top=1 - 0.8 / height, hspace=0.2)
     drawn = [
-        [_draw_curve(ax, curve, axis) for curve in curves if _points(curve, axis).size]
-        for ax, axis in zip(axes, panels, strict=True)
+        [_draw_curve(ax, curve, axis) for curve in curves if _has(curve, axis)] for ax, axis in zip(axes, panels, strict=True)
     ]
     for ax, x_label in zip(axes, panels.values(), strict=True):
         ax.axhline(100 * full.mean, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=2, gid="original/line")
@@ -308,11 +307,15 @@ def _draw_row(ax: Axes, row: TableRow, y: float, low: float, high: float) -> lis
     return list(bars.values())
 
 
+def _has(curve: BudgetCurve, axis: Axis) -> bool:
+    return any(getattr(point, axis) is not None for point in curve.points)
+
+
 def _points(curve: BudgetCurve, axis: Axis) -> npt.NDArray[np.float64]:
     """Speedup, AST match and the bounds of its interval, in %: ``[P, 4]``, by speedup."""
     known = sorted((p for p in curve.points if getattr(p, axis) is not None), key=lambda p: getattr(p, axis))
     points = [[getattr(point, axis), *astuple(mean_interval(point.correct_N))] for point in known]
-    return 100 * np.array(points, dtype=np.float64).reshape(-1, 4)
+    return 100 * np.array(points, dtype=np.float64)
 
 
 def _draw_curve(ax: Axes, curve: BudgetCurve, axis: Axis) -> tuple[str, npt.NDArray[np.float64]]:
