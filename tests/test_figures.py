@@ -10,9 +10,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from dynprune.evaluation.curves import BudgetCurve, BudgetPoint
 from dynprune.evaluation.figures import (
     accuracy_speedup,
+    budget_curve,
     build_accuracy_speedup,
+    build_budget_curve,
     build_layer_error,
     build_layers_pruned,
     layer_error,
@@ -20,7 +23,7 @@ from dynprune.evaluation.figures import (
     row_color,
 )
 from dynprune.evaluation.labels import Label, place_labels
-from dynprune.evaluation.statistics import Interval, MedianInterval
+from dynprune.evaluation.statistics import Interval, MedianInterval, mean_interval
 from dynprune.evaluation.table import SCORES, TableRow
 
 
@@ -47,11 +50,31 @@ CLOSE_ROWS = [
     make_row("router-orpo", 1.9, 0.49, 0.013, 0.03),
 ]
 FREQUENCY = {"static-2": [0, 1, 0, 1], "router-dpo": [0.1, 0.5, 0.96, 0]}
+FULL = Interval(0.56, 0.51, 0.61)
 
 
-def drawn(figure, gid):
+def make_curve(name, accuracy, cost, measured=0.9):
+    points = []
+    for layers, share in zip((2, 4, 6, 8), accuracy, strict=True):
+        nominal = (layers - cost) / 30
+        points.append(
+            BudgetPoint(layers, nominal, measured and measured * nominal, (np.arange(200) < 200 * share).astype(float))
+        )
+    return BudgetCurve(name, points[::-1])
+
+
+CURVES = [
+    make_curve("static", (0.5, 0.44, 0.36, 0.25), 0),
+    make_curve("router-fbc", (0.51, 0.46, 0.38, 0.3), 1),
+    make_curve("router-dpo", (0.52, 0.48, 0.43, 0.34), 1),
+    make_curve("oracle", (0.72, 0.7, 0.66, 0.5), 0, measured=None),
+]
+
+
+def drawn(figure, gid, panel=None):
     """Data of the line with this name, as an array of points."""
-    (line,) = [line for ax in figure.axes for line in ax.lines if line.get_gid() == gid]
+    axes = figure.axes if panel is None else [figure.axes[panel]]
+    (line,) = [line for ax in axes for line in ax.lines if line.get_gid() == gid]
     return np.column_stack(line.get_data())
 
 
@@ -191,6 +214,55 @@ def test_colours_follow_the_name_and_statics_share_one():
     assert to_hex(strip.get_cmap()(1.0)).upper() == row_color("router-dpo")
 
 
+def test_budget_figure_draws_each_method_by_both_speedups():
+    figure = build_budget_curve(CURVES, FULL)
+    nominal = np.array([1, 3, 5, 7]) / 30
+    for panel, speedup in enumerate((nominal, 0.9 * nominal)):
+        expected = np.column_stack([100 * speedup, [52, 48, 43, 34]])
+        np.testing.assert_allclose(drawn(figure, "router-dpo", panel), expected)
+        np.testing.assert_allclose(drawn(figure, "original", panel), [[0, 56]])
+        np.testing.assert_allclose(drawn(figure, "original/line", panel)[:, 1], [56, 56])
+    assert [ax.get_xlabel() for ax in figure.axes] == ["Nominal speedup, %", "Measured speedup, %"]
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_budget_figure_has_a_band_from_bound_to_bound_of_every_points_interval():
+    figure = build_budget_curve(CURVES, FULL)
+    (band,) = [c for c in figure.axes[1].collections if c.get_gid() == "static/band"]
+    corners = band.get_paths()[0].vertices
+    for layers, share in zip((2, 4, 6, 8), (0.5, 0.44, 0.36, 0.25), strict=True):
+        interval = mean_interval(np.arange(200) < 200 * share)
+        at = corners[np.isclose(corners[:, 0], 100 * 0.9 * layers / 30), 1]
+        assert (at.min(), at.max()) == pytest.approx((100 * interval.low, 100 * interval.high))
+
+
+def test_budget_figure_leaves_out_what_was_not_timed():
+    upper, lower = build_budget_curve(CURVES, FULL).axes
+    assert "oracle" in {line.get_gid() for line in upper.lines}
+    assert "oracle" not in {line.get_gid() for line in lower.lines}
+    assert "oracle" not in {text.get_text() for text in lower.texts}
+    (only,) = build_budget_curve(CURVES[3:], FULL).axes
+    assert only.get_xlabel() == "Nominal speedup, %"
+
+
+def test_budget_figure_labels_every_line_without_covering_another_label():
+    figure = build_budget_curve(CURVES, FULL)
+    figure.canvas.draw()
+    for ax, names in zip(figure.axes, ({curve.name for curve in CURVES}, {curve.name for curve in CURVES[:3]}), strict=True):
+        boxes = {text.get_text(): text.get_window_extent() for text in ax.texts if text.get_text()}
+        assert set(boxes) == {*names, "original"}
+        for first, second in itertools.combinations(boxes.values(), 2):
+            assert not first.overlaps(second)
+        for box in boxes.values():
+            assert ax.get_window_extent().containsx(box.x0)
+            assert ax.get_window_extent().containsx(box.x1)
+
+
+def test_a_budget_figure_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one curve"):
+        build_budget_curve([], FULL)
+
+
 def test_layer_error_figure_draws_every_layers_errors_on_log_scales():
     mse, relative = [1e-3, 5e-1, 2e-2, 4e-2, 3e-3, 1e-3], [0.1, 0.9, 0.3, 0.4, 0.2, 0.1]
     upper, lower = build_layer_error(mse, relative).axes
@@ -243,6 +315,7 @@ def test_frequencies_that_are_no_shares_of_the_same_layers_are_refused(frequency
     ("draw", "height"),
     [
         (lambda path: accuracy_speedup(SPREAD_ROWS, path), (800, 1200)),
+        (lambda path: budget_curve(CURVES, FULL, path), (1400, 1700)),
         (lambda path: layer_error([0.1, 0.2], [0.3, 0.4], path), (800, 1200)),
         (lambda path: layers_pruned(FREQUENCY, path), (300, 600)),
     ],

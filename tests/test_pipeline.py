@@ -14,7 +14,7 @@ from dynprune.adapters.checkpoint import load_adapters
 from dynprune.data.pairs import read_pairs
 from dynprune.data.rollouts import read_rollouts
 
-SCORES = ("json_match", "ast_match", "ratio_function_calls", "partial_match", "parse_rate")
+SCORES = ("json_match", "ast_match", "ratio_function_calls", "partial_match", "parse_rate", "agreement")
 
 
 def dynprune(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -52,6 +52,7 @@ def test_one_command_makes_the_table_and_the_pictures(tiny):
         assert row["measured_speedup"]["low"] <= row["measured_speedup"]["median"] <= row["measured_speedup"]["high"]
     original, one, two, router = table["rows"]
     assert (original["mean_pruned_layers"], original["nominal_speedup"]) == (0, 0)
+    assert original["agreement"]["mean"] == 1
     assert (one["nominal_speedup"], two["nominal_speedup"]) == (0.25, 0.5)
     assert router["nominal_speedup"] == pytest.approx((router["mean_pruned_layers"] - 1) / 4)
     assert {"machine", "versions", "config"} <= set(table)

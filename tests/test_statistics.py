@@ -4,14 +4,20 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from scipy.integrate import quad
+from scipy.stats import beta, permutation_test
 
+from dynprune.evaluation import statistics as statistics_module
 from dynprune.evaluation.statistics import (
     Interval,
     compare,
     holm,
     mean_interval,
     median_interval,
+    over_seeds,
     paired_difference,
+    paired_difference_over_seeds,
+    ratio_interval,
 )
 
 Z = 1.959963984540054
@@ -181,3 +187,155 @@ def test_comparisons_without_a_p_value_leave_the_others_correction_alone():
 def test_comparing_an_unknown_row_names_the_rows_there_are():
     with pytest.raises(ValueError, match=r"'router-ipo'.*original, static-2"):
         compare({"original": [1], "static-2": [0]}, [("router-ipo", "original")], "ast_match")
+
+
+def bca_of_a_ratio_over_every_resample(above, below, confidence=0.95):
+    """BCa of a ratio of means from its definition, with all n**n resamples of the queries."""
+    above, below = np.array(above), np.array(below)
+    n = len(above)
+    ratio = above.sum() / below.sum()
+    ratios = np.sort([above[list(i)].sum() / below[list(i)].sum() for i in itertools.product(range(n), repeat=n)])
+    normal = NormalDist()
+    bias = normal.inv_cdf((np.mean(ratios < ratio - 1e-12) + np.mean(ratios <= ratio + 1e-12)) / 2)
+    left_out = np.array([np.delete(above, i).sum() / np.delete(below, i).sum() for i in range(n)])
+    spread = left_out.mean() - left_out
+    acceleration = (spread**3).sum() / (6 * (spread**2).sum() ** 1.5)
+    bounds = []
+    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
+        z = bias + normal.inv_cdf(tail)
+        bounds.append(np.quantile(ratios, normal.cdf(bias + z / (1 - acceleration * z))))
+    return bounds
+
+
+def test_interval_of_a_ratio_is_the_bca_over_every_resample_of_the_queries():
+    above, below = [0.4, -0.3, 1.2, 0.9, 0.1, 1.6], [1.0, 0.6, 1.1, 2.0, 0.7, 1.5]
+    interval = ratio_interval(above, below)
+    assert interval.mean == pytest.approx(3.9 / 6.9)
+    assert (interval.low, interval.high) == pytest.approx(bca_of_a_ratio_over_every_resample(above, below), abs=0.02)
+
+
+def test_interval_of_a_ratio_of_many_queries_is_close_to_the_delta_methods():
+    rng = np.random.default_rng(5)
+    below = rng.normal(1.0, 0.5, 600)
+    above = 0.4 * below + rng.normal(0, 0.3, 600)
+    ratio = above.mean() / below.mean()
+    half = Z * (above - ratio * below).std(ddof=1) / math.sqrt(600) / below.mean()
+    interval = ratio_interval(above, below)
+    assert (interval.low, interval.high) == pytest.approx((ratio - half, ratio + half), abs=0.1 * half)
+
+
+def test_a_ratio_that_is_the_same_for_every_query_has_no_width():
+    assert ratio_interval([0.5, 1.0, 1.5], [1.0, 2.0, 3.0]) == Interval(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "below", [[0.0] * 8, [-1.0] * 8, [1.0, -1.0] * 4, [1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 1.0, -0.9], [1.0] + [0.0] * 7]
+)
+def test_nothing_is_divided_by_a_denominator_that_is_not_above_0_beyond_chance(below):
+    assert ratio_interval([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0], below) is None
+
+
+def test_a_ratio_needs_the_same_queries_above_and_below():
+    with pytest.raises(ValueError, match="3 scores and the other 2"):
+        ratio_interval([1, 0, 1], [1, 1])
+
+
+def test_seeds_are_averaged_for_each_query_before_queries_are_resampled():
+    scores = [[1, 0, 1, 1, 0, 1], [1, 0, 0, 1, 0, 1], [1, 1, 0, 1, 0, 1]]
+    summary = over_seeds(scores)
+    assert summary.mean.mean == pytest.approx(11 / 18)
+    low, high = bca_over_every_resample([1, 1 / 3, 1 / 3, 1, 0, 1])
+    assert (summary.mean.low, summary.mean.high) == pytest.approx((low, high), abs=0.07)
+    # The seeds' own means are 4/6, 3/6 and 4/6.
+    assert summary.spread == pytest.approx(math.sqrt(2 * (1 / 18) ** 2 + (2 / 18) ** 2) / math.sqrt(2))
+    assert summary.seeds == 3
+
+
+def test_a_single_seed_is_a_share_with_wilsons_interval_and_no_spread():
+    summary = over_seeds([[1] * 7 + [0] * 3])
+    assert (summary.mean.low, summary.mean.high) == pytest.approx(wilson_by_hand(7, 10))
+    assert (summary.spread, summary.seeds) == (None, 1)
+
+
+def test_more_seeds_that_say_the_same_do_not_narrow_an_interval():
+    one = np.random.default_rng(0).integers(0, 2, 60)
+    other = np.random.default_rng(1).integers(0, 2, 60)
+    single = paired_difference(one, other)
+    assert paired_difference_over_seeds([one] * 5, [other] * 5) == single
+    assert paired_difference_over_seeds([one] * 5, other) == single
+
+
+def test_difference_over_seeds_is_that_of_the_averages_by_query():
+    a, b = [[1, 0, 1, 1], [1, 1, 0, 1]], [[0, 0, 1, 1], [0, 0, 0, 1], [1, 0, 0, 0]]
+    result = paired_difference_over_seeds(a, b)
+    assert result.difference.mean == pytest.approx(6 / 8 - 4 / 12)
+    # By query: 1 - 1/3, 1/2 - 0, 1/2 - 1/3, 1 - 2/3.
+    assert (result.wins, result.losses) == (4, 0)
+    low, high = bca_over_every_resample([2 / 3, 1 / 2, 1 / 6, 1 / 3])
+    assert (result.difference.low, result.difference.high) == pytest.approx((low, high), abs=0.05)
+
+
+def test_p_over_seeds_is_the_share_of_all_sign_flips_that_differ_as_much():
+    a = [[1, 0, 1, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 0, 1, 1]]
+    b = [[0, 0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1]]
+    difference_N = np.mean(a, axis=0) - np.mean(b, axis=0)
+    flipped = [abs(np.dot(signs, difference_N)) for signs in itertools.product([-1, 1], repeat=8)]
+    expected = np.mean(np.array(flipped) >= abs(difference_N.sum()) - 1e-9)
+    assert 0.01 < expected < 0.2
+    assert paired_difference_over_seeds(a, b).p_value == pytest.approx(expected)
+    assert paired_difference_over_seeds(b, a).p_value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(10, 3), (0, 6), (4, 4)])
+def test_p_over_seeds_that_agree_but_for_a_query_without_difference_is_mcnemars(wins, losses):
+    a = [[1] * wins + [0] * losses + [1, 0]] * 2
+    b = [[0] * wins + [1] * losses + [1, 0]] * 2
+    # One seed of each row alone gets the last query right: averages of a half, and no difference.
+    a[0], b[1] = [*a[0][:-1], 1], [*b[1][:-1], 1]
+    assert paired_difference_over_seeds(a, b).p_value == pytest.approx(mcnemar_by_hand(wins, losses))
+
+
+def test_p_over_seeds_of_many_queries_is_that_of_scipys_permutations():
+    rng = np.random.default_rng(2)
+    skill_N = rng.beta(0.6, 0.5, 200)
+    a, b = rng.random((3, 200)) < skill_N + 0.04, rng.random((2, 200)) < skill_N
+    permuted = permutation_test(
+        (a.mean(axis=0), b.mean(axis=0)),
+        lambda x, y, axis: (x - y).mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=20_000,
+        rng=np.random.default_rng(0),
+    )
+    assert paired_difference_over_seeds(a, b).p_value == pytest.approx(permuted.pvalue, abs=0.01)
+
+
+def test_comparisons_of_rows_with_seeds_have_p_values_in_the_family():
+    scores = {"static-2": [0] * 6 + [1] * 6, "router-dpo": [[1] * 12, [1] * 11 + [0]], "router-fbc": [[0.5] * 12] * 2}
+    dpo, fbc = compare(scores, [("router-dpo", "static-2"), ("router-fbc", "static-2")], "ast_match")
+    assert (dpo.n, dpo.wins, dpo.losses) == (12, 6, 1)
+    assert dpo.difference.mean == pytest.approx(5.5 / 12)
+    # Six differences of 1 and one of -1/2: the sums of 5.5 and more are those of 1, 1, 1, 1, 1, 1 with either half.
+    assert dpo.p_value == dpo.p_holm == pytest.approx(2 * 2 / 2**7)
+    assert fbc.p_value is None
+
+
+@pytest.mark.parametrize("scores", [[], [[[1]]], [[], []]])
+def test_scores_that_are_not_by_seed_and_query_are_refused(scores):
+    with pytest.raises(ValueError, match=r"shape \[seeds, queries\]"):
+        over_seeds(scores)
+
+
+def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(statistics_module, "_RESAMPLES", 399)
+    rng = np.random.default_rng(7)
+    # Mean of what the gain leaves of 0.1 where skill is Beta(0.6, 0.5), by numerical integration.
+    truth = quad(lambda skill: min(0.1, 1 - skill) * beta(0.6, 0.5).pdf(skill), 0, 1, points=[0.9])[0]
+    missed = 0
+    for _ in range(400):
+        skill_N = rng.beta(0.6, 0.5, 150)
+        a_SN = rng.random((3, 150)) < np.clip(skill_N + 0.1, 0, 1)
+        b_SN = rng.random((3, 150)) < skill_N
+        difference = paired_difference_over_seeds(a_SN, b_SN).difference
+        missed += not difference.low <= truth <= difference.high
+    # A binomial count of 400 at 5% lies in 7 to 36 with a probability of 0.999.
+    assert 7 <= missed <= 36

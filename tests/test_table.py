@@ -21,7 +21,9 @@ def make_row(name="router-dpo", **changes):
     scores = {
         "json_match": Interval(0.5, 0.431, 0.569),
         "ast_match": Interval(0.542, 0.471, 0.61),
+        "agreement": Interval(0.81, 0.75, 0.858),
         "parse_rate": Interval(0.98, 0.95, 0.99),
+        "name_match": Interval(0.93, 0.886, 0.958),
         "ratio_function_calls": Interval(0.7, 0.65, 0.75),
         "partial_match": Interval(5.25, 4.1, 6.3),
     }
@@ -67,7 +69,7 @@ def test_json_has_the_published_schema(tmp_path):
     row = document["rows"][1]
     assert row["name"] == "router-dpo"
     assert row["n"] == 200
-    for score in ("json_match", "ast_match", "parse_rate", "ratio_function_calls", "partial_match"):
+    for score in ("json_match", "ast_match", "agreement", "parse_rate", "name_match", "ratio_function_calls", "partial_match"):
         assert set(row[score]) == {"mean", "low", "high"}
     assert row["ast_match"] == {"mean": 0.542, "low": 0.471, "high": 0.61}
     assert row["mean_pruned_layers"] == 5.5
@@ -121,7 +123,7 @@ def markdown(folder):
 
 def test_markdown_shows_percentages_with_one_decimal_and_intervals(tmp_path):
     write(tmp_path)
-    expected = ["50.0 [43.1, 56.9]", "54.2 [47.1, 61.0]", "5.5", "15.0", "12.3 [11.0, 13.5]"]
+    expected = ["54.2 [47.1, 61.0]", "81.0 [75.0, 85.8]", "5.5", "15.0", "12.3 [11.0, 13.5]"]
     assert markdown_line(tmp_path, "router-dpo") == ["router-dpo", *expected]
     assert markdown_line(tmp_path, "original")[3:] == ["0.0", "0.0", "–"]
     assert "n = 200" in markdown(tmp_path)
@@ -130,8 +132,17 @@ def test_markdown_shows_percentages_with_one_decimal_and_intervals(tmp_path):
 
 def test_markdown_shows_partial_match_on_its_own_scale(tmp_path):
     write(tmp_path)
-    expected = ["98.0 [95.0, 99.0]", "70.0 [65.0, 75.0]", "5.2 [4.1, 6.3]", "3"]
+    expected = ["70.0 [65.0, 75.0]", "5.2 [4.1, 6.3]", "3"]
     assert markdown_line(tmp_path, "router-dpo", "200") == ["router-dpo", "200", *expected]
+
+
+def test_markdown_shows_the_accuracy_ladder_from_the_mildest_step_to_the_strictest(tmp_path):
+    write(tmp_path)
+    ladder = next(block for block in markdown(tmp_path).split("\n\n") if block.startswith("| Row | Parsed"))
+    header, _, original, router = [[cell.strip() for cell in line.strip("|").split("|")] for line in ladder.splitlines()]
+    assert header == ["Row", "Parsed, %", "Function name, %", "AST match, %", "JSON match, %"]
+    steps = ["98.0 [95.0, 99.0]", "93.0 [88.6, 95.8]", "54.2 [47.1, 61.0]", "50.0 [43.1, 56.9]"]
+    assert (original, router) == (["original", *steps], ["router-dpo", *steps])
 
 
 def test_markdown_shows_times_and_comparisons(tmp_path):
@@ -204,7 +215,7 @@ def test_terminal_table_fits_80_columns_and_shows_the_main_numbers():
     text = console.export_text()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "…" not in text
-    for expected in ("original", "router-dpo", "54.2", "[47.1, 61.0]", "12.3", "[11.0, 13.5]", "n = 200"):
+    for expected in ("original", "router-dpo", "54.2", "[47.1, 61.0]", "[75.0, 85.8]", "12.3", "[11.0, 13.5]", "n = 200"):
         assert expected in text
     first_column = "".join(line[:14].strip() for line in text.splitlines())
     assert "router-conditional-bernoulli" in first_column

@@ -1,11 +1,11 @@
-"""The three figures: what pruning costs and saves, which layers adapters replace well, which are pruned.
+"""The four figures: what pruning costs and saves, the same at every budget, what adapters cannot replace, what is pruned.
 
 Each has a function that builds the matplotlib `Figure` and one that builds and writes it. No pyplot:
 figures are plain objects, so drawing changes no global state and needs no display. Colours are mostly those
 of Okabe and Ito, which colour-blind readers tell apart, and follow the row's name in every figure; markers
 and direct labels say the same without colour.
 
-Axis suffixes: L = layers.
+Axis suffixes: L = layers, P = points of a curve.
 """
 
 import re
@@ -24,7 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dynprune.atomic import replacing
+from dynprune.evaluation.curves import Axis, BudgetCurve
 from dynprune.evaluation.labels import Label, place_labels, text_size
+from dynprune.evaluation.statistics import Interval, mean_interval
 from dynprune.evaluation.table import TableRow, count_label, score_label, score_scale
 
 _DPI = 200  # At 8 inches, twice the width of a README column: sharp on dense displays.
@@ -35,10 +37,11 @@ _COLORS = {
     "router-fbc": "#0072B2",
     "router-dpo": "#D55E00",
     "router-orpo": "#009E73",
+    "oracle": "#7B4FA3",
 }
-_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#7B4FA3", "#8C5A2B")
-_MARKERS = {"original": "s", "router-fbc": "D", "router-dpo": "^", "router-orpo": "v"}
-_OTHER_MARKERS = ("P", "X", "p", "h", "<", ">")
+_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#8C5A2B")
+_MARKERS = {"original": "s", "router-fbc": "D", "router-dpo": "^", "router-orpo": "v", "oracle": "h"}
+_OTHER_MARKERS = ("P", "X", "p", "<", ">")
 
 
 def row_color(name: str) -> str:
@@ -86,6 +89,63 @@ def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -
 def accuracy_speedup(rows: Sequence[TableRow], path: Path, score: str = "ast_match") -> None:
     """Writes the figure of `build_accuracy_speedup` to `path`."""
     _save(build_accuracy_speedup(rows, score), path)
+
+
+def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
+    """Draws each method's AST match against its nominal speedup, and against the measured one where there is one.
+
+    Args:
+        curves: The methods: routers, static sets, the oracle.
+        full: AST match of the unpruned SLM.
+
+    Returns:
+        The figure: a panel for each speedup, on one scale. A point that was not timed is in the upper one alone, and
+        where none was timed there is no lower one.
+
+    Raises:
+        ValueError: There are no curves.
+    """
+    if not curves:
+        raise ValueError("The figure of budget curves needs at least one curve.")
+    panels: dict[Axis, str] = {"nominal_speedup": "Nominal speedup, %", "measured_speedup": "Measured speedup, %"}
+    if not any(_has(curve, "measured_speedup") for curve in curves):
+        del panels["measured_speedup"]
+    height = 1.35 + 3.3 * len(panels)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI / 2, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.085, right=0.975, bottom=0.55 / height, top=1 - 0.8 / height, hspace=0.2)
+    drawn = [
+        [_draw_curve(ax, curve, axis) for curve in curves if _has(curve, axis)] for ax, axis in zip(axes, panels, strict=True)
+    ]
+    for ax, x_label in zip(axes, panels.values(), strict=True):
+        ax.axhline(100 * full.mean, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=2, gid="original/line")
+        ax.axhspan(100 * full.low, 100 * full.high, color=_INK, alpha=0.05, lw=0, zorder=0, gid="original/band")
+        _finish_axes(ax, "AST match, %", x_label)
+        ax.tick_params(labelbottom=True)
+        ax.plot([0], [100 * full.mean], _marker("original"), ms=7, mfc=_INK, mec="white", mew=1.2, zorder=5, gid="original")
+    _fix_limits(axes[0])
+    left, right = axes[0].get_xlim()
+    right += 0.1 * (right - left)  # Lines end at the right, where their labels need room.
+    axes[0].set_xlim(left, right)
+    for ax, lines in zip(axes, drawn, strict=True):
+        ends = [Label(points_P2[-1, 0], points_P2[-1, 1], name, row_color(name)) for name, points_P2 in lines]
+        level = Label(0, 100 * full.mean, "original", _INK)
+        segments = [points_P2[i : i + 2] for _, points_P2 in lines for i in range(len(points_P2) - 1)]
+        segments.append(np.array([[left, 100 * full.mean], [right, 100 * full.mean]]))
+        place_labels(ax, [*ends, level], segments, [at for _, points_P2 in lines for at in points_P2[:-1]], size=9.5)
+    _title(
+        figure,
+        "AST match at each budget",
+        f"Bands: 95% intervals of each method alone, n = {len(curves[0].points[0].correct_N)}; differences paired by query are "
+        f"sharper.",
+    )
+    return figure
+
+
+def budget_curve(curves: Sequence[BudgetCurve], full: Interval, path: Path) -> None:
+    """Writes the figure of `build_budget_curve` to `path`."""
+    _save(build_budget_curve(curves, full), path)
 
 
 def build_layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike) -> Figure:
@@ -245,6 +305,28 @@ def _draw_row(ax: Axes, row: TableRow, y: float, low: float, high: float) -> lis
     face, edge = ("white", color) if measured is None else (color, "white")
     ax.plot([x], [y], _marker(row.name), ms=8, mfc=face, mec=edge, mew=1.2, zorder=5, gid=row.name)
     return list(bars.values())
+
+
+def _has(curve: BudgetCurve, axis: Axis) -> bool:
+    return any(getattr(point, axis) is not None for point in curve.points)
+
+
+def _points(curve: BudgetCurve, axis: Axis) -> npt.NDArray[np.float64]:
+    """Speedup, AST match and the bounds of its interval, in %: ``[P, 4]``, by speedup."""
+    known = sorted((p for p in curve.points if getattr(p, axis) is not None), key=lambda p: getattr(p, axis))
+    points = [[getattr(point, axis), *astuple(mean_interval(point.correct_N))] for point in known]
+    return 100 * np.array(points, dtype=np.float64)
+
+
+def _draw_curve(ax: Axes, curve: BudgetCurve, axis: Axis) -> tuple[str, npt.NDArray[np.float64]]:
+    """Draws a method's line, markers and band; gives its name and its points in the axes: ``[P, 2]``."""
+    points_P4, color = _points(curve, axis), row_color(curve.name)
+    speedup_P, accuracy_P, low_P, high_P = points_P4.T
+    ax.fill_between(speedup_P, low_P, high_P, color=color, alpha=0.1, lw=0, zorder=1, gid=f"{curve.name}/band")
+    style = (0, (1, 1.5)) if curve.name == "oracle" else "-"
+    ax.plot(speedup_P, accuracy_P, color=color, lw=1.8, ls=style, zorder=3)
+    ax.plot(speedup_P, accuracy_P, _marker(curve.name), ms=6, mfc=color, mec="white", mew=0.8, zorder=4, gid=curve.name)
+    return curve.name, points_P4[:, :2]
 
 
 def _draw_errors(ax: Axes, error_L: npt.NDArray[np.float64]) -> None:

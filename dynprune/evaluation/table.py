@@ -25,12 +25,15 @@ from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval
 SCORES = {
     "json_match": "JSON match",
     "ast_match": "AST match",
+    "agreement": "Agreement",
     "parse_rate": "Parsed",
+    "name_match": "Function name",
     "ratio_function_calls": "Calls right",
     "partial_match": "Partial match",
 }
 _NOT_SHARES = {"partial_match"}
-_MAIN_SCORES = ("json_match", "ast_match")
+_MAIN_SCORES = ("ast_match", "agreement")
+_LADDER = ("parse_rate", "name_match", "ast_match", "json_match")  # Each asks for more than the one before.
 _MEASURED = ("measured_speedup", "prefill_speedup", "decode_speedup", "seconds", "cache_mib")
 _ABSENT = "–"
 
@@ -146,7 +149,7 @@ def render_table(rows: Sequence[TableRow]) -> rich.table.Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("row", overflow="fold")
-    for header in ("JSON match", "AST match", "layers", "nominal", "measured", "cut"):
+    for header in (*map(score_label, _MAIN_SCORES), "layers", "nominal", "measured", "cut"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         main = [_stacked(row.scores[name], score_scale(name)) for name in _MAIN_SCORES]
@@ -212,15 +215,20 @@ def _markdown(
     versions: Mapping[str, Any],
 ) -> str:
     blocks = [
-        f"**Accuracy and speedup**, {count_label(rows)}, 95% intervals in brackets.",
+        f"**Accuracy and speedup**, {count_label(rows)}, 95% intervals in brackets. "
+        "Agreement: queries with the unpruned SLM's own output, right or wrong.",
         _main_table(rows),
+        "**Accuracy ladder**: each step asks for more than the one before.",
+        _ladder(rows),
         "**More scores.** Truncated: outputs that reached the token limit.",
         _score_table(rows),
     ]
     if any(row.timed for row in rows):
         blocks += ["**Time**: medians over queries.", _time_table(rows)]
     if comparisons:
-        blocks += ["**Comparisons**, paired by query. p: McNemar, exact; Holm: corrected for all of them."]
+        blocks += [
+            "**Comparisons**, paired by query. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
+        ]
         blocks += [_comparison_table(comparisons)]
     blocks += [f"Machine: {_listed(machine)}.", f"Versions: {_listed(versions)}."]
     return "\n\n".join(blocks) + "\n"
@@ -242,8 +250,13 @@ def _main_table(rows: Sequence[TableRow]) -> str:
     return _grid(header, lines)
 
 
+def _ladder(rows: Sequence[TableRow]) -> str:
+    return _grid(["Row", *map(_header, _LADDER)], [[row.name, *(_score(row, name) for name in _LADDER)] for row in rows])
+
+
 def _score_table(rows: Sequence[TableRow]) -> str:
-    names = [name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in _MAIN_SCORES]
+    shown = {*_MAIN_SCORES, *_LADDER}
+    names = [name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in shown]
     lines = [[row.name, str(row.n), *(_score(row, name) for name in names), str(row.truncated)] for row in rows]
     return _grid(["Row", "n", *map(_header, names), "Truncated"], lines)
 

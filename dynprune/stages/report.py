@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.figures import accuracy_speedup, layer_error, layers_pruned
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
@@ -60,11 +61,13 @@ def report(run: Run) -> Path:
 def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
     samples = evaluation.samples[row.name]
     mean_pruned = sum(len(sample.pruned_layers) for sample in samples) / len(samples)
+    scores = {name: [sample.scores[name] for sample in samples] for name in samples[0].scores}
+    scores["agreement"] = agreement([s.output for s in samples], [s.output for s in evaluation.samples["original"]])
     cost = run.config.evaluation.router_cost_layers if row.uses_router else 0.0
     return TableRow(
         name=row.name,
         n=len(samples),
-        scores={name: mean_interval([sample.scores[name] for sample in samples]) for name in samples[0].scores},
+        scores={name: mean_interval(values) for name, values in scores.items()},
         mean_pruned_layers=mean_pruned,
         nominal_speedup=nominal_speedup(mean_pruned, cost, run.slm.num_layers),
         truncated=sum(sample.truncated for sample in samples),
