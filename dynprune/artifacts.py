@@ -48,6 +48,7 @@ PACKAGES = (
     "peft",
     "numpy",
     "scipy",
+    "scikit-learn",
     "pyarrow",
 )
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,35 +14,19 @@ from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample, run_queries
-from dynprune.evaluation.latency import Chooser, Timing, time_rows
+from dynprune.evaluation.latency import Timing, time_rows
 from dynprune.evaluation.machine import describe_machine, versions
-from dynprune.evaluation.static_search import greedy_static_sets
 from dynprune.metrics.scores import mean_scores
 from dynprune.slm.prompt_states import PromptStates
 from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.baselines import baseline_rows
 from dynprune.stages.progress import track
 from dynprune.stages.router import chooser, router
-from dynprune.stages.run import Run, digest, once_a_run, plain
+from dynprune.stages.rows import Row
+from dynprune.stages.run import Run, digest, plain
 
 VERSION = 1
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the table.
-
-    Attributes:
-        name: Its name.
-        choose: What gives the configuration for a query.
-        origin: The fingerprint, or the layers, that the configurations come from.
-        uses_router: Whether choosing costs a pass of the router.
-    """
-
-    name: str
-    choose: Chooser
-    origin: str
-    uses_router: bool
 
 
 @dataclass(frozen=True)
@@ -71,41 +55,6 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
 
 
-@once_a_run
-def static_sets(run: Run) -> Artifact:
-    """Searches the static sets up to the largest size that the table asks for."""
-    settings = run.config.evaluation
-    queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
-    adapters_artifact = adapters(run)
-    config = {
-        "model": run.model_identity,
-        "largest": max(settings.static),
-        "candidates": settings.static_candidates,
-    }
-    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
-
-    def build(folder: Path) -> dict[str, Any]:
-        samples = [run.tokens(query) for query in queries]
-        # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
-        samples.sort(key=lambda sample: len(sample[1]))
-        with pruner_of(run, adapters_artifact) as pruner:
-            search = greedy_static_sets(
-                run.slm,
-                pruner,
-                samples,
-                max(settings.static),
-                settings.static_candidates,
-                run.config.hardware.batch_size,
-            )
-            found = list(track(search, "searching static sets", max(settings.static)))
-        sets = {str(len(layers)): {"layers": list(layers), "nats_per_token": loss} for layers, loss in found}
-        with replacing(folder / "sets.json") as path:
-            path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
-        return {"sets": len(sets), "queries": len(queries)}
-
-    return run.store.get_or_build("static", VERSION, config, digest(queries), upstream, build, resumable=False)
-
-
 def train_routers(run: Run) -> dict[str, Artifact]:
     """The routers that the table compares, by name; trained where they are missing."""
     if run.config.evaluation.pruned_layers is not None:
@@ -124,18 +73,10 @@ def _rows(run: Run) -> list[Row]:
     if settings.pruned_layers is not None:
         layers = sorted(set(settings.pruned_layers))
         return [*rows, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers), uses_router=False)]
-    if settings.static:
-        sets = json.loads((static_sets(run).folder / "sets.json").read_text(encoding="utf-8"))
-        for size in settings.static:
-            layers = sets[str(size)]["layers"]
-            rows.append(Row(f"static-{size}", _always(layers), str(layers), uses_router=False))
+    rows += baseline_rows(run)
     for name, artifact in train_routers(run).items():
         rows.append(Row(f"router-{name}", chooser(run, artifact), artifact.fingerprint, uses_router=True))
     return rows
-
-
-def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
-    return lambda query: layers
 
 
 def _run_row(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dynprune.artifacts import Artifact
 from dynprune.data.rollouts import Rollout, RolloutWriter
@@ -29,6 +29,12 @@ VERSION = 2
 # A process takes some 20 s to start, in which so many queries could have been explored.
 _LEAST_QUERIES = 50
 _SECONDS_BETWEEN_LOOKS = 2.0
+# Which key says how many queries of a split there are.
+_LIMITS = {
+    "train": "exploration.max_queries",
+    "validation": "exploration.max_validation_queries",
+    "test": "evaluation.max_queries",
+}
 
 
 @once_a_run
@@ -37,11 +43,11 @@ def explore(run: Run, split: str = "train") -> Artifact:
 
     Args:
         run: The run.
-        split: ``train``, or ``validation`` for choosing checkpoints.
+        split: ``train``, ``validation`` for choosing checkpoints, or ``test`` for the oracle.
     """
     settings = run.config.exploration
-    key = "max_queries" if split == "train" else "max_validation_queries"
-    queries = run.queries(split, settings[key], f"exploration.{key}")
+    key = _LIMITS[split]
+    queries = run.queries(split, OmegaConf.select(run.config, key), key)
     # A wrong name is refused before adapters are made.
     get_score(settings.score)
     adapters_artifact = adapters(run)

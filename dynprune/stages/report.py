@@ -17,7 +17,8 @@ from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
 from dynprune.evaluation.table import TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
-from dynprune.stages.evaluate import Evaluation, Row, evaluate, train_routers, write_samples
+from dynprune.stages.evaluate import Evaluation, evaluate, train_routers, write_samples
+from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
 
 log = logging.getLogger(__name__)

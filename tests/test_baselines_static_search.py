@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.evaluation.static_search import greedy_static_sets
+from dynprune.baselines.static_search import accurate_static_sets, greedy_static_sets
 from dynprune.slm.pruning import LayerPruner
 
 
@@ -82,3 +82,51 @@ def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
         with pytest.raises(ValueError, match=r"static_candidates=1 is fewer"):
             next(greedy_static_sets(slm, pruner, data, 2, 1, 8))
     assert set(pair) == set(alone[:2])
+
+
+def next_tokens(slm, stack, pruned, prompts) -> torch.Tensor:
+    """What follows each prompt in a swapped model, without padding or sharing."""
+    model = copy.deepcopy(slm.model)
+    for index in pruned:
+        model.model.layers[index] = Skip(stack, index)
+    return model(input_ids=prompts, use_cache=False).logits[:, -1].argmax(-1)
+
+
+@pytest.mark.parametrize(("finalists", "batch_size", "place"), [(1, 64, 0), (2, 3, 1), (4, 64, 2)])
+def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, batch_size, place):
+    slm, stack, data = make_slm(), adapters(), samples()
+    prompts = torch.randint(0, 250, (600, 6), generator=torch.Generator().manual_seed(4))
+    # Answers without a token, which are right where the stop token follows. This one follows more often without the second
+    # likeliest layer than without the likeliest, and most often without the third: the number of finalists decides.
+    slm.tokenizer.eos_token_id = 127
+    every = [layers for size in (1, 2, 3) for layers in itertools.combinations(range(4), size)]
+    right = {layers: next_tokens(slm, stack, layers, prompts) == 127 for layers in every}
+    asked = (right[(0,)] | right[(1,)] | right[(2,)] | right[(3,)]).nonzero()[:, 0].tolist()
+    validation = [(prompts[number].tolist(), []) for number in asked]
+    with LayerPruner(slm, stack) as pruner:
+        found = list(accurate_static_sets(slm, pruner, data, validation, 3, None, finalists, batch_size))
+    chosen: tuple[int, ...] = ()
+    for layers, accuracy in found:
+        options = [tuple(sorted([*chosen, layer])) for layer in range(4) if layer not in chosen]
+        options = sorted(options, key=lambda option: nats_per_token(slm, stack, option, data))
+        shares = [right[option][asked].double().mean().item() for option in options[:finalists]]
+        assert layers == options[shares.index(max(shares))]
+        assert accuracy == pytest.approx(max(shares))
+        # Else the accuracy would decide nothing in this test.
+        assert chosen or layers == options[place]
+        chosen = layers
+
+
+def test_among_equally_accurate_sets_the_likeliest_is_taken(make_slm):
+    slm, stack, data = make_slm(), adapters(), samples()
+    with LayerPruner(slm, stack) as pruner:
+        [(likeliest, _)] = greedy_static_sets(slm, pruner, data, 1, None, 8)
+        # Nothing is right whatever is pruned: random weights do not give random answers.
+        [(accurate, accuracy)] = accurate_static_sets(slm, pruner, data, data, 1, None, 4, 8)
+    assert (accurate, accuracy) == (likeliest, 0.0)
+
+
+def test_a_search_by_accuracy_without_finalists_is_refused(make_slm):
+    slm = make_slm()
+    with LayerPruner(slm) as pruner, pytest.raises(ValueError, match="finalists=0 tries no layer"):
+        accurate_static_sets(slm, pruner, samples(), samples(), 1, None, 0, 8)

@@ -1,0 +1,132 @@
+"""Searching the static sets that every query shares: the baseline that per-query choice has to beat.
+
+Greedy, as in SLEB and PuDDing: from no pruning on, add the layer whose pruning hurts the likelihood of the reference answers
+least, under the adapters, by teacher forcing. Or, of the few layers that hurt it least, the one that leaves most answers right.
+The sets for all sizes come from one search, each the last one and a layer more.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from dynprune.slm.likelihood import AnswerBatch, Answered, score_configurations
+from dynprune.slm.loading import SLM
+from dynprune.slm.pruning import LayerPruner
+
+# A set, and a figure that it was chosen by.
+_Found = tuple[tuple[int, ...], float]
+
+
+def greedy_static_sets(
+    slm: SLM,
+    pruner: LayerPruner,
+    samples: Sequence[Answered],
+    largest: int,
+    candidates: int | None,
+    batch_size: int,
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Grows a static set layer by layer, by likelihood.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner with adapters, entered.
+        samples: Prompt and reference answer of each sample, as tokens.
+        largest: Size of the largest set.
+        candidates: After the first layer, only so many are tried, those that hurt least alone; ``None`` tries all.
+        batch_size: Samples in a batch.
+
+    Yields:
+        The best set of each size from 1 to ``largest`` with its mean negative log-likelihood, in nats a token.
+
+    Raises:
+        ValueError: If a set cannot have so many layers, there are too few candidates, or there are no samples.
+    """
+    return _grow(slm, pruner, samples, largest, candidates, batch_size, lambda ranked: ranked[0])
+
+
+def accurate_static_sets(
+    slm: SLM,
+    pruner: LayerPruner,
+    samples: Sequence[Answered],
+    validation: Sequence[Answered],
+    largest: int,
+    candidates: int | None,
+    finalists: int,
+    batch_size: int,
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Grows a static set layer by layer, by accuracy among the sets that are likeliest.
+
+    An answer is right where the likeliest token is the reference's each time: greedy decoding would give the reference.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner with adapters, entered.
+        samples: What the likelihood is measured on, see `greedy_static_sets`.
+        validation: What the accuracy is measured on.
+        largest: See `greedy_static_sets`.
+        candidates: See `greedy_static_sets`.
+        finalists: At each step the accuracy decides between so many sets, those of the best likelihood; among the equally
+            accurate the likelihood does.
+        batch_size: Samples in a batch.
+
+    Yields:
+        The set of each size from 1 to ``largest`` with its accuracy, 0..1.
+
+    Raises:
+        ValueError: See `greedy_static_sets`; or if there is no finalist.
+    """
+    if finalists < 1:
+        raise ValueError(f"evaluation.baselines.static_accuracy.finalists={finalists} tries no layer; allowed: at least 1")
+
+    def most_accurate(ranked: list[_Found]) -> _Found:
+        sets = [layers for layers, _ in ranked[:finalists]]
+        right = [0] * len(sets)
+        for _, scores in score_configurations(slm, pruner, validation, sets, batch_size):
+            right = [count + int(scored.right_B.sum()) for count, scored in zip(right, scores, strict=True)]
+        best = right.index(max(right))
+        return sets[best], right[best] / len(validation)
+
+    return _grow(slm, pruner, samples, largest, candidates, batch_size, most_accurate)
+
+
+def _grow(
+    slm: SLM,
+    pruner: LayerPruner,
+    samples: Sequence[Answered],
+    largest: int,
+    candidates: int | None,
+    batch_size: int,
+    choose: Callable[[list[_Found]], _Found],
+) -> Iterator[_Found]:
+    """Grows a set by what is chosen from the sets of a layer more, which come by likelihood, the best first."""
+    if not 1 <= largest <= slm.num_layers:
+        raise ValueError(
+            f"evaluation.static asks for a set of {largest} layers, but {slm.name} has {slm.num_layers}; allowed: 1 to "
+            f"{slm.num_layers}; for example evaluation.static=[2,3,5]"
+        )
+    if not samples:
+        raise ValueError("the search for static sets needs samples of the train split; set evaluation.static_samples")
+    # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
+    samples = sorted(samples, key=lambda sample: len(sample[1]))
+    batches = [AnswerBatch.of(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+    if candidates is not None and candidates < largest:
+        raise ValueError(
+            f"evaluation.static_candidates={candidates} is fewer than the {largest} layers of the largest static set; "
+            f"allowed: at least {largest}, or null for all layers"
+        )
+    chosen: tuple[int, ...] = ()
+    tried = list(range(slm.num_layers))
+    for _ in range(largest):
+        losses = dict.fromkeys((layer for layer in tried if layer not in chosen), 0.0)
+        tokens = 0
+        for batch in batches:
+            pruner.prune(chosen)
+            inputs, scores = batch.run(slm)
+            tokens += int(scores.tokens_B.sum())
+            for layer in losses:
+                pruner.prune([*chosen, layer])
+                losses[layer] += float(batch.scores(slm, layer, inputs[layer]).nats_B.sum())
+        ranked = sorted(losses, key=lambda layer: losses[layer])
+        if not chosen:
+            tried = ranked[:candidates]
+        found = choose([(tuple(sorted([*chosen, layer])), losses[layer] / tokens) for layer in ranked])
+        chosen = found[0]
+        yield found

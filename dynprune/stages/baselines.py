@@ -1,0 +1,344 @@
+"""The rows of the baselines.
+
+What takes long is an artifact: each search, the losses of train queries under the sets of the library, and each choice.
+
+Axis suffixes: Q = queries, B = queries of a batch, S = sets, E = embedding size, L = layers.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynprune.artifacts import Artifact
+from dynprune.atomic import replacing
+from dynprune.baselines.block_influence import block_influence, least_influential
+from dynprune.baselines.by_embedding import Array, LinearChoice, cluster, loss_regression, nearest_centroid
+from dynprune.baselines.oracle import oracle
+from dynprune.baselines.static_search import accurate_static_sets, greedy_static_sets
+from dynprune.baselines.unsearched import last_layers, random_sets
+from dynprune.data.hidden_states import HiddenStateStream
+from dynprune.data.prompts import render_router_input
+from dynprune.data.rollouts import by_query, read_rollouts
+from dynprune.data.tasks import Query
+from dynprune.evaluation.latency import Chooser
+from dynprune.router.encoder import TextEncoder
+from dynprune.slm.likelihood import score_configurations
+from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.explore import explore
+from dynprune.stages.progress import track
+from dynprune.stages.rows import Row
+from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
+
+VERSION = 1
+_EMBEDDED_TOGETHER = 64
+
+
+def baseline_rows(run: Run) -> Iterator[Row]:
+    """The rows of the static sets, and of the baselines that the configuration names sizes for."""
+    if run.config.evaluation.static:
+        yield from _set_rows("static", static_sets(run), run.config.evaluation.static)
+    for name, rows in _BASELINES.items():
+        sizes = _sizes(run, name)
+        if sizes:
+            yield from rows(run, sizes)
+
+
+@once_a_run
+def static_sets(run: Run) -> Artifact:
+    """Searches the static sets up to the largest size that the table asks for."""
+    settings = run.config.evaluation
+    queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
+    largest = max(settings.static)
+
+    def build(folder: Path) -> dict[str, Any]:
+        samples = [run.tokens(query) for query in queries]
+        with pruner_of(run, adapters(run)) as pruner:
+            search = greedy_static_sets(
+                run.slm, pruner, samples, largest, settings.static_candidates, run.config.hardware.batch_size
+            )
+            found = list(track(search, "searching static sets", largest))
+        _write_sets(found, "nats_per_token", folder)
+        return {"sets": len(found), "queries": len(queries)}
+
+    config = _search_config(run, largest)
+    return run.store.get_or_build("static", VERSION, config, digest(queries), _upstream(run), build, resumable=False)
+
+
+def _static_accuracy(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
+    settings = run.config.evaluation
+    own = settings.baselines.static_accuracy
+    queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
+    validation = run.queries("validation", own.max_queries, "evaluation.baselines.static_accuracy.max_queries")
+    largest = max(sizes)
+
+    def build(folder: Path) -> dict[str, Any]:
+        with pruner_of(run, adapters(run)) as pruner:
+            search = accurate_static_sets(
+                run.slm,
+                pruner,
+                [run.tokens(query) for query in queries],
+                [run.tokens(query) for query in validation],
+                largest,
+                settings.static_candidates,
+                own.finalists,
+                run.config.hardware.batch_size,
+            )
+            found = list(track(search, "searching static sets by accuracy", largest))
+        _write_sets(found, "accuracy", folder)
+        return {"sets": len(found), "queries": len(queries), "validation_queries": len(validation)}
+
+    config = {**_search_config(run, largest), "finalists": own.finalists}
+    data = {"train": digest(queries), "validation": digest(validation)}
+    artifact = run.store.get_or_build("static_accuracy", VERSION, config, data, _upstream(run), build, resumable=False)
+    yield from _set_rows("static_accuracy", artifact, sizes)
+
+
+def _block_influence(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
+    queries = run.queries("train", run.config.evaluation.static_samples, "evaluation.static_samples")
+    batch_tokens = run.config.evaluation.baselines.block_influence.batch_tokens
+
+    def build(folder: Path) -> dict[str, Any]:
+        sequences = [[*prompt, *answer] for prompt, answer in map(run.tokens, queries)]
+        stream = HiddenStateStream(run.slm, sequences, batch_tokens, None)
+        influence_L = block_influence(track(stream, "measuring block influence", len(stream)))
+        with replacing(folder / "influence.json") as path:
+            path.write_text(json.dumps(influence_L.tolist()), encoding="utf-8")
+        return {"queries": len(queries), "tokens": sum(map(len, sequences))}
+
+    # That of the unpruned SLM, in which there are no adapters.
+    config = {"model": run.model_identity, "batch_tokens": batch_tokens}
+    artifact = run.store.get_or_build("block_influence", VERSION, config, digest(queries), {}, build, resumable=False)
+    influence_L = torch.tensor(json.loads((artifact.folder / "influence.json").read_text(encoding="utf-8")), dtype=torch.double)
+    for size in sizes:
+        yield _fixed(f"block_influence-{size}", least_influential(influence_L, size))
+
+
+def _last(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
+    for size in sizes:
+        yield _fixed(f"last-{size}", last_layers(run.slm.num_layers, size))
+
+
+def _random(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
+    draws = run.config.evaluation.baselines.random.draws
+    for size in sizes:
+        for number, layers in enumerate(random_sets(run.slm.num_layers, size, draws, run.config.seed), start=1):
+            yield _fixed(f"random-{size}-{number}", layers)
+
+
+def _nearest_centroid(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
+    clusters, seed = run.config.evaluation.baselines.nearest_centroid.clusters, run.config.seed
+
+    def fit(embedding_QE: Array, loss_QS: Array, sets: Sequence[Sequence[int]]) -> LinearChoice:
+        return nearest_centroid(embedding_QE, loss_QS, sets, clusters, seed)
+
+    yield from _choice_rows(run, "nearest_centroid", sizes, {"clusters": clusters, "seed": seed}, fit)
+
+
+def _pudding(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
+    yield from _choice_rows(run, "pudding", sizes, {}, loss_regression)
+
+
+def _oracle(run: Run, sizes: Sequence[float]) -> Iterator[Row]:
+    queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
+    artifact = explore(run, "test")
+    tried = {rollouts[0].id: rollouts for rollouts in by_query(read_rollouts(artifact.folder))}
+    for size in sizes:
+        best = oracle([tried[query.id] for query in queries], size)
+        layers_of = {rollout.id: rollout.pruned_layers for rollout in best}
+        yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}", uses_router=False)
+
+
+_BASELINES: Mapping[str, Callable[[Run, Sequence[int]], Iterator[Row]]] = {
+    "static_accuracy": _static_accuracy,
+    "block_influence": _block_influence,
+    "last": _last,
+    "random": _random,
+    "nearest_centroid": _nearest_centroid,
+    "pudding": _pudding,
+    "oracle": _oracle,
+}
+
+
+@once_a_run
+def _library(run: Run) -> Artifact:
+    """Searches static sets on groups of train queries, up to the largest size that a baseline chooses from.
+
+    PuDDing's are searched on different tasks. Clusters of the embeddings stand in for them here, so that the sets differ in
+    what kinds of queries need; sets of random tenths would differ by chance alone.
+    """
+    settings = run.config.evaluation
+    groups, seed = settings.baselines.library.groups, run.config.seed
+    queries = _library_queries(run)
+    largest = max(_library_sizes(run))
+
+    def build(folder: Path) -> dict[str, Any]:
+        _, group_Q = cluster(_embeddings(run, queries), groups, seed, "evaluation.baselines.library.groups")
+        numbers = sorted(set(group_Q.tolist()))
+        with pruner_of(run, adapters(run)) as pruner:
+            for number in track(numbers, "searching the library of sets", len(numbers)):
+                target = folder / f"group-{number:03d}.json"
+                if target.exists():
+                    continue
+                members = [query for query, group in zip(queries, group_Q, strict=True) if group == number]
+                samples = [run.tokens(query) for query in members]
+                search = greedy_static_sets(
+                    run.slm, pruner, samples, largest, settings.static_candidates, run.config.hardware.batch_size
+                )
+                record = {"queries": [query.id for query in members], "sets": [list(layers) for layers, _ in search]}
+                with replacing(target) as path:
+                    path.write_text(json.dumps(record), encoding="utf-8")
+        return {"groups": len(numbers), "queries": len(queries)}
+
+    config = {**_search_config(run, largest), "groups": groups, "seed": seed, **_encoder_identity(run)}
+    return run.store.get_or_build("library", VERSION, config, digest(queries), _upstream(run), build, resumable=True)
+
+
+@once_a_run
+def _losses(run: Run) -> Artifact:
+    """Measures the loss of each query of the library under each of its sets, in nats a token."""
+    queries, library = _library_queries(run), _library(run)
+    sizes = _library_sizes(run)
+
+    def build(folder: Path) -> dict[str, Any]:
+        groups = [json.loads(path.read_text(encoding="utf-8")) for path in library.folder.glob("group-*.json")]
+        sets = sorted({tuple(layers) for group in groups for layers in group["sets"] if len(layers) in sizes})
+        with replacing(folder / "sets.json") as path:
+            path.write_text(json.dumps(sets), encoding="utf-8")
+        done = _read_losses(folder)
+        left = [query for query in queries if query.id not in done]
+        batch_size = run.config.hardware.batch_size
+        parts = len(list(folder.glob("losses-*.json")))
+        with pruner_of(run, adapters(run)) as pruner:
+            measured = score_configurations(run.slm, pruner, [run.tokens(query) for query in left], sets, batch_size)
+            batches = track(measured, "measuring the sets of the library", -(-len(left) // batch_size))
+            for part, (positions, scores) in enumerate(batches, start=parts):
+                loss_BS = torch.stack([scored.nats_per_token_B for scored in scores], dim=1).tolist()
+                losses = {left[position].id: loss_S for position, loss_S in zip(positions, loss_BS, strict=True)}
+                with replacing(folder / f"losses-{part:05d}.json") as path:
+                    path.write_text(json.dumps(losses), encoding="utf-8")
+        return {"queries": len(queries), "sets": len(sets)}
+
+    upstream = {"library": library.fingerprint}
+    return run.store.get_or_build("losses", VERSION, {"sizes": sizes}, digest(queries), upstream, build, resumable=True)
+
+
+def _read_losses(folder: Path) -> dict[str, list[float]]:
+    losses: dict[str, list[float]] = {}
+    for path in sorted(folder.glob("losses-*.json")):
+        losses |= json.loads(path.read_text(encoding="utf-8"))
+    return losses
+
+
+def _choice_rows(
+    run: Run,
+    name: str,
+    sizes: Sequence[int],
+    config: Mapping[str, Any],
+    fit: Callable[[Array, Array, Sequence[Sequence[int]]], LinearChoice],
+) -> Iterator[Row]:
+    """The rows of a baseline that learns to choose from the library."""
+    table = _losses(run)
+    for size in sizes:
+
+        def build(folder: Path, size: int = size) -> dict[str, Any]:
+            queries = _library_queries(run)
+            sets = json.loads((table.folder / "sets.json").read_text(encoding="utf-8"))
+            columns = [column for column, layers in enumerate(sets) if len(layers) == size]
+            losses = _read_losses(table.folder)
+            loss_QS = np.array([losses[query.id] for query in queries])[:, columns]
+            choice = fit(_embeddings(run, queries), loss_QS, [sets[column] for column in columns])
+            choice.save(folder / "choice.npz")
+            return {"queries": len(queries), "sets": len(columns)}
+
+        identity = {"baseline": name, "size": size, **config}
+        upstream = {"losses": table.fingerprint}
+        artifact = run.store.get_or_build("choice", VERSION, identity, {}, upstream, build, resumable=False)
+        choose = _by_embedding(run, LinearChoice.load(artifact.folder / "choice.npz"))
+        yield Row(f"{name}-{size}", choose, artifact.fingerprint, uses_router=True)
+
+
+def _library_queries(run: Run) -> list[Query]:
+    limit = run.config.evaluation.baselines.library.max_queries
+    return run.queries("train", limit, "evaluation.baselines.library.max_queries")
+
+
+def _library_sizes(run: Run) -> list[int]:
+    return sorted({*_sizes(run, "nearest_centroid"), *_sizes(run, "pudding")})
+
+
+@once_a_run
+def _encoder(run: Run) -> TextEncoder:
+    return TextEncoder(**plain(run.config.router.encoder)).to(run.slm.device).eval()
+
+
+def _encoder_identity(run: Run) -> dict[str, Any]:
+    settings = run.config.router.encoder
+    return {"encoder": plain(settings), "encoder_content": content_digest(settings.name_or_path)}
+
+
+@torch.inference_mode()
+def _embeddings(run: Run, queries: Sequence[Query]) -> Array:
+    encoder = _encoder(run)
+    chunks = []
+    for start in range(0, len(queries), _EMBEDDED_TOGETHER):
+        features = encoder.tokenize([render_router_input(query) for query in queries[start : start + _EMBEDDED_TOGETHER]])
+        chunks.append(encoder(**{name: tensor.to(run.slm.device) for name, tensor in features.items()}).double().cpu())
+    return torch.cat(chunks).numpy()
+
+
+def _by_embedding(run: Run, choice: LinearChoice) -> Chooser:
+    # Loaded here, not while the first query is timed.
+    _encoder(run)
+    return lambda query: choice(_embeddings(run, [query])[0])
+
+
+def _looked_up(layers_of: Mapping[str, tuple[int, ...]]) -> Chooser:
+    return lambda query: layers_of[query.id]
+
+
+def _fixed(name: str, layers: Sequence[int]) -> Row:
+    return Row(name, lambda query: layers, str(list(layers)), uses_router=False)
+
+
+def _set_rows(name: str, artifact: Artifact, sizes: Sequence[int]) -> Iterator[Row]:
+    sets = json.loads((artifact.folder / "sets.json").read_text(encoding="utf-8"))
+    for size in sizes:
+        yield _fixed(f"{name}-{size}", sets[str(size)]["layers"])
+
+
+def _write_sets(found: Sequence[tuple[tuple[int, ...], float]], figure: str, folder: Path) -> None:
+    sets = {str(len(layers)): {"layers": list(layers), figure: value} for layers, value in found}
+    with replacing(folder / "sets.json") as path:
+        path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
+
+
+def _search_config(run: Run, largest: int) -> dict[str, Any]:
+    return {"model": run.model_identity, "largest": largest, "candidates": run.config.evaluation.static_candidates}
+
+
+def _upstream(run: Run) -> dict[str, str]:
+    artifact = adapters(run)
+    return {"adapters": artifact.fingerprint if artifact else "none"}
+
+
+def _sizes(run: Run, name: str) -> list[Any]:
+    """The sizes that a baseline's rows shall have.
+
+    Raises:
+        ValueError: If a set cannot have so many layers.
+    """
+    key = f"evaluation.baselines.{name}.sizes"
+    sizes: list[Any] = plain(run.config.evaluation.baselines[name].sizes)
+    for size in sizes:
+        # The oracle's is a mean over queries, so it may be any number from 0 on.
+        possible = 0 <= size <= run.slm.num_layers if name == "oracle" else size in range(1, run.slm.num_layers + 1)
+        if not possible:
+            raise ValueError(
+                f"{key} asks for {size} layers, but {run.slm.name} has {run.slm.num_layers}; allowed: "
+                f"{0 if name == 'oracle' else 1} to {run.slm.num_layers}; for example {key}=[2,4]"
+            )
+    return sizes

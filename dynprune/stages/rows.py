@@ -1,0 +1,22 @@
+"""What a row of the table is."""
+
+from dataclasses import dataclass
+
+from dynprune.evaluation.latency import Chooser
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        name: Its name.
+        choose: What gives the configuration for a query.
+        origin: The fingerprint, or the layers, that the configurations come from.
+        uses_router: Whether choosing costs a pass of the router.
+    """
+
+    name: str
+    choose: Chooser
+    origin: str
+    uses_router: bool
