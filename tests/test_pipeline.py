@@ -116,17 +116,19 @@ def test_adapters_in_closed_form_are_trained_in_context_from_the_same_answers(ti
 
 def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(tiny):
     folder, _ = tiny
-    said = dynprune(folder, "-m", "experiment=tiny", "method=dpo,orpo,fbc", "++method.min_score=-10").stdout
+    methods = "method=awr,dpo,fbc,ipo,kto,orpo,simpo,value"
+    said = dynprune(folder, "-m", "experiment=tiny", methods, "++method.min_score=-10").stdout
     # The sweep changes the methods alone: what lies before them is that of the first run.
     assert len(manifests(folder, "explore")) == 2
     assert len(manifests(folder, "static")) == 1
     assert "reusing adapters" in said
     assert "reusing explore" in said
     methods = [m["config"]["method"]["name"] for m in manifests(folder, "router")]
-    assert sorted(methods) == ["dpo", "dpo", "fbc", "orpo"]
+    # The second DPO is that of the fixture, without min_score.
+    assert sorted(methods) == ["awr", "dpo", "dpo", "fbc", "ipo", "kto", "orpo", "simpo", "value"]
     tables = sorted((folder / "outputs/multiruns").glob("*/*/report/table.json"))
     names = {json.loads(t.read_text())["rows"][-1]["name"] for t in tables}
-    assert names == {"router-dpo", "router-orpo", "router-fbc"}
+    assert names == {f"router-{method}" for method in methods}
 
 
 def test_dpo_starts_from_the_router_that_another_method_trained(tiny):
@@ -186,6 +188,7 @@ def test_one_fixed_configuration_can_be_scored_alone_aloud_and_without_adapters(
         (["exploration.max_queries=0"], "exploration.max_queries=0 leaves no query"),
         (["model.architecture=nonsense"], "model.architecture='nonsense'"),
         (["method.start=fbc"], "method.start=fbc is no method"),
+        (["router.policy=value"], "type method=value"),
         (["data.only.categories=simple_python"], "type data.only.categories=[simple_python]"),
     ],
 )
@@ -200,7 +203,11 @@ def test_a_mistake_ends_in_one_sentence_and_no_traceback(tiny, arguments, senten
 
 def test_help_says_the_groups_and_commands_without_loading_torch(tmp_path):
     result = dynprune(tmp_path, "--help")
-    for word in ("method: dpo, fbc, orpo", "dynprune experiment=quickstart", "outputs/NAME/report"):
+    for word in (
+        "method: awr, dpo, fbc, ipo, kto, orpo, simpo, value",
+        "dynprune experiment=quickstart",
+        "outputs/NAME/report",
+    ):
         assert word in result.stdout
 
 

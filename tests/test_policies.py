@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 from typing import Any
@@ -15,11 +16,15 @@ from dynprune.router.policies import (
     PlackettLucePolicy,
     Policy,
     SinkhornPolicy,
+    ValuePolicy,
     build_policy,
 )
 
-NORMALISED = [ConditionalBernoulliPolicy, PlackettLucePolicy, GumbelPolicy]
-ALL = [*NORMALISED, SinkhornPolicy]
+# Log π is the sum of the ratio head's log P(k) and the policy's own log P(y | k).
+OF_RATIO = [ConditionalBernoulliPolicy, PlackettLucePolicy, GumbelPolicy, SinkhornPolicy]
+VALUE = functools.partial(ValuePolicy, min_reward=0.5)
+NORMALISED = [ConditionalBernoulliPolicy, PlackettLucePolicy, GumbelPolicy, VALUE]
+ALL = [*OF_RATIO, VALUE]
 
 
 def outputs(
@@ -98,7 +103,7 @@ ORACLES: dict[type[Policy], Any] = {
 }
 
 
-@pytest.mark.parametrize("policy_class", ALL)
+@pytest.mark.parametrize("policy_class", OF_RATIO)
 def test_log_prob_agrees_with_enumeration_for_every_configuration(policy_class: type[Policy]) -> None:
     heads, masks = outputs(2, 6), all_masks(6)
     for row in range(2):
@@ -271,7 +276,7 @@ def test_a_temperature_that_is_not_positive_is_refused() -> None:
         GumbelPolicy(4).relaxed_sample(outputs(1, 4), 0.0)
 
 
-@pytest.mark.parametrize("policy_class", ALL)
+@pytest.mark.parametrize("policy_class", OF_RATIO)
 def test_the_mode_is_the_likeliest_configuration_of_the_likeliest_size(policy_class: type[Policy]) -> None:
     heads, masks, policy = outputs(5, 6), all_masks(6), policy_class(6, k_max=4)
     modes = policy.mode(heads)
@@ -280,6 +285,59 @@ def test_the_mode_is_the_likeliest_configuration_of_the_likeliest_size(policy_cl
         candidates = masks[masks.sum(dim=1) == k]
         log_p = policy.log_prob(one_row(heads, row, len(candidates)), candidates)
         assert torch.equal(modes[row], candidates[log_p.argmax()])
+
+
+@pytest.mark.parametrize("settings", [{}, {"k_max": 3}, {"prunable_layers": [0, 2, 3, 5, 6]}])
+def test_the_value_policy_is_the_gibbs_distribution_of_the_summed_logits(settings: dict[str, Any]) -> None:
+    heads, masks, policy = outputs(2, 7), all_masks(7), ValuePolicy(7, **settings, min_reward=0.5)
+    possible = policy.allows(masks).numpy()
+    for row in range(2):
+        energy = masks.numpy() @ heads.layer_logits_BL[row].numpy()
+        expected = energy - math.log(np.exp(energy[possible]).sum())
+        found = policy.log_prob(one_row(heads, row, len(masks)), masks).numpy()
+        np.testing.assert_allclose(found[possible], expected[possible], atol=1e-10)
+        assert (found[~possible] == -math.inf).all()
+
+
+@pytest.mark.parametrize("min_reward", [0.1, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("settings", [{}, {"k_max": 3}, {"prunable_layers": [0, 2, 3, 5, 6], "k_max": 4}])
+def test_the_value_policy_finds_the_deepest_configuration_that_is_predicted_to_be_good(
+    settings: dict[str, Any], min_reward: float
+) -> None:
+    heads, masks, policy = outputs(40, 8), all_masks(8), ValuePolicy(8, **settings, min_reward=min_reward)
+    # From queries that bear hardly any pruning to queries that bear nearly all.
+    heads = RouterOutputs(heads.layer_logits_BL + torch.linspace(-3, 2, 40)[:, None], heads.mu_B, heads.log_sigma_B)
+    candidates = masks[policy.allows(masks)].numpy()
+    modes = policy.mode(heads).numpy()
+    sizes = []
+    for row in range(40):
+        mu = heads.mu_B[row].item()
+        logit = math.log(mu / (1 - mu)) + candidates @ heads.layer_logits_BL[row].numpy()
+        reward = 1 / (1 + np.exp(-logit))
+        np.testing.assert_allclose(
+            policy.reward_logits(one_row(heads, row, len(candidates)), torch.from_numpy(candidates)), logit, atol=1e-10
+        )
+        good = np.flatnonzero(reward >= min_reward)
+        best = max(good, key=lambda i: (candidates[i].sum(), reward[i]), default=None)
+        expected = np.zeros(8, dtype=bool) if best is None else candidates[best]
+        assert (modes[row] == expected).all()
+        sizes.append(expected.sum())
+    assert len(set(sizes)) > 1
+
+
+def test_a_mean_that_rounds_to_one_still_gives_a_finite_reward() -> None:
+    heads = RouterOutputs(torch.zeros(2, 3), torch.tensor([0.0, 1.0], requires_grad=True), torch.full((2,), -5.0))
+    logits = ValuePolicy(3, min_reward=0.5).reward_logits(heads, torch.zeros(2, 3, dtype=torch.bool))
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert heads.mu_B.grad is not None
+    assert heads.mu_B.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("min_reward", [0.0, 1.0, -1.0])
+def test_a_reward_that_every_or_no_prediction_reaches_is_refused_by_its_key(min_reward: float) -> None:
+    with pytest.raises(ValueError, match=r"method\.policy\.min_reward="):
+        ValuePolicy(8, min_reward=min_reward)
 
 
 @pytest.mark.parametrize("policy_class", ALL)
@@ -363,6 +421,7 @@ def test_wrong_sinkhorn_settings_are_refused_by_their_key(setting: dict[str, Any
         PlackettLucePolicy(9, k_max=8),
         GumbelPolicy(9, [4, 1, 2]),
         SinkhornPolicy(9, None, 3, epsilon=0.02, iterations=7),
+        ValuePolicy(9, [4, 1, 2], 2, min_reward=0.7),
     ],
 )
 def test_a_policy_is_rebuilt_from_its_config(policy: Policy) -> None:

@@ -131,7 +131,34 @@ def test_a_rollout_stream_yields_what_the_filter_keeps_as_masks(tmp_path):
         ("q2", (0,), 1.0),
         ("q2", (0, 1), 1.0),
     ]
-    assert set(items[0]) == {"id", "mask_L", "score"}
+    assert set(items[0]) == {"id", "mask_L", "score", "desirable", "mean_score", "mean_pruned"}
+    assert all(item["desirable"] for item in items)
+
+
+def test_a_rollout_stream_can_yield_all_rollouts_each_with_the_filters_verdict_and_its_querys_means(tmp_path):
+    stream = RolloutStream(folder_of(tmp_path, 8, 1), allows_two_layers, keep_deep, seed=None, only_kept=False)
+
+    # The means are over what the policy allows: no, one and two layers, all of them successes.
+    assert [(*rollout_key(i), i["desirable"], i["mean_score"], i["mean_pruned"]) for i in stream] == [
+        ("q0", (), 1.0, False, 1.0, 1.0),
+        ("q0", (0,), 1.0, True, 1.0, 1.0),
+        ("q0", (0, 1), 1.0, True, 1.0, 1.0),
+        ("q1", (), 1.0, True, 1.0, 0.0),
+    ]
+
+
+def test_the_means_of_a_query_count_its_failures(tmp_path):
+    first = next(iter(RolloutStream(folder_of(tmp_path, 4), allows_all, keep_deep, seed=None)))
+
+    assert (first["mean_score"], first["mean_pruned"]) == (0.75, 1.5)
+
+
+@pytest.mark.parametrize(("only_kept", "items", "pruned"), [(True, 5, 9), (False, 10, 16)])
+def test_a_rollout_stream_counts_its_items_and_their_pruned_layers(tmp_path, only_kept, items, pruned):
+    stream = RolloutStream(folder_of(tmp_path, 5, 1, 4), allows_all, keep_deep, seed=0, only_kept=only_kept)
+
+    assert (stream.num_items, stream.num_pruned) == (items, pruned)
+    assert sum(int(item["mask_L"].sum()) for item in stream) == pruned
 
 
 def test_what_the_policy_cannot_express_is_left_out_before_the_filter_looks_for_the_deepest(tmp_path):
@@ -325,8 +352,9 @@ def test_an_empty_stream_says_what_to_change(pairs_file):
     with pytest.raises(ValueError, match=r"pairs\.parquet has two configurations .*router\.k_max"):
         PairStream(pairs_file, allows_none, seed=0)
     keep_none = partial(keep_successful, min_score=2.0, min_share_of_deepest=0.5)
-    with pytest.raises(ValueError, match=r"no rollout in .*the method's min_score.*exploration\.max_queries"):
-        RolloutStream(pairs_file.parent / "rollouts", allows_all, keep_none, seed=0)
+    for only_kept in (True, False):
+        with pytest.raises(ValueError, match=r"no rollout in .*the method's min_score.*exploration\.max_queries"):
+            RolloutStream(pairs_file.parent / "rollouts", allows_all, keep_none, seed=0, only_kept=only_kept)
 
 
 def test_a_buffer_without_room_is_refused(pairs_file):

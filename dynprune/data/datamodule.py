@@ -12,6 +12,9 @@ class StreamData(lightning.LightningDataModule):
 
     A stream yields whole batches (hidden states), or single items that ``collate`` puts together (rollouts and pairs). A stream
     with ``set_epoch`` is told each epoch, so that its order is drawn anew and yet repeatable.
+
+    Attributes:
+        training: The stream to train on.
     """
 
     def __init__(
@@ -30,17 +33,17 @@ class StreamData(lightning.LightningDataModule):
             collate: Makes a batch of items.
         """
         super().__init__()
-        self._training = training
+        self.training = training
         self._validation = validation
         self._batch_size = batch_size
         self._collate = collate
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training stream, in this epoch's order."""
-        set_epoch = getattr(self._training, "set_epoch", None)
+        set_epoch = getattr(self.training, "set_epoch", None)
         if set_epoch is not None and self.trainer is not None:
             set_epoch(self.trainer.current_epoch)
-        return DataLoader(self._training, batch_size=self._batch_size, collate_fn=self._collate)
+        return DataLoader(self.training, batch_size=self._batch_size, collate_fn=self._collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The validation streams."""

@@ -1,4 +1,4 @@
-"""The filter of filtered behavioural cloning: which rollouts of a query are worth imitating."""
+"""Which rollouts of a query are worth imitating: FBC clones no others, and to KTO they are the desirable ones."""
 
 from collections.abc import Sequence
 

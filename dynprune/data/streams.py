@@ -17,6 +17,7 @@ from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -160,13 +161,17 @@ class PairStream(_Stream):
 
 
 class RolloutStream(_Stream):
-    """The rollouts that a filter keeps, for filtered behavioural cloning.
+    """Rollouts, all of them or those that a filter keeps, each beside what its query's rollouts are like.
 
-    An item is ``{"id", "mask_L", "score"}``; the mask is a boolean tensor, True where a layer is pruned. A
-    shard is read as a whole: it is no larger than what was appended at once.
+    An item is ``{"id", "mask_L", "score", "desirable", "mean_score", "mean_pruned"}``: a boolean tensor, True
+    where a layer is pruned; whether the filter keeps the rollout; and the means of the score and of the number
+    of pruned layers over all rollouts of the query. A shard is read as a whole: it is no larger than what was
+    appended at once.
 
     Attributes:
         num_layers: L.
+        num_items: Items of an epoch, on all ranks together.
+        num_pruned: Their pruned layers, all together.
     """
 
     def __init__(
@@ -176,6 +181,7 @@ class RolloutStream(_Stream):
         keep: Callable[[Sequence[Rollout]], Iterable[Rollout]],
         seed: int | None,
         shuffle_buffer: int = SHUFFLE_BUFFER,
+        only_kept: bool = True,
     ) -> None:
         """Read the rollouts once, to count what is kept.
 
@@ -187,6 +193,7 @@ class RolloutStream(_Stream):
                 `keep_successful` with its thresholds bound, for example.
             seed: Seed of the order, drawn anew each epoch; ``None`` keeps the order of the shards.
             shuffle_buffer: Rollouts in each worker's memory, from which the next one is drawn.
+            only_kept: Whether what the filter does not keep is left out.
 
         Raises:
             ValueError: The folder holds no rollouts, a shard is broken, nothing is kept, or the buffer holds
@@ -195,30 +202,49 @@ class RolloutStream(_Stream):
         self._shards = shards(folder)
         self._allows = allows
         self._keep = keep
+        self._only_kept = only_kept
         self.num_layers = read_header(folder).num_layers
-        sizes = [len(self._kept(shard)) for shard in range(len(self._shards))]
-        if not any(sizes):
+        self.num_pruned = 0
+        any_kept = False
+        sizes = []
+        for shard in range(len(self._shards)):
+            items = self._items(shard)
+            sizes.append(len(items))
+            self.num_pruned += sum(int(item["mask_L"].sum()) for item in items)
+            any_kept = any_kept or any(item["desirable"] for item in items)
+        if not any_kept:
             raise ValueError(
                 f"no rollout in {folder} passes the filter and is allowed by the policy; lower "
                 "the method's min_score (or that of method.start, where it starts from another method), or explore more "
                 f"queries (exploration.max_queries, for validation exploration.max_validation_queries), or {_WIDEN}"
             )
+        self.num_items = sum(sizes)
         super().__init__(sizes, shuffle_buffer, seed)
 
-    def _kept(self, shard: int) -> list[Rollout]:
+    def _items(self, shard: int) -> list[Item]:
         rollouts = list(read_shard(self._shards[shard]))
         allowed_B = self._allows(_masks_BL([rollout.pruned_layers for rollout in rollouts], self.num_layers))
         possible = itertools.compress(rollouts, allowed_B.tolist())
-        return [rollout for of_query in by_query(possible) for rollout in self._keep(of_query)]
+        return [item for of_query in by_query(possible) for item in self._items_of_query(of_query)]
 
-    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
-        for shard, numbers in pieces:
-            for rollout in self._kept(shard)[numbers.start : numbers.stop : numbers.step]:
+    def _items_of_query(self, rollouts: Sequence[Rollout]) -> Iterator[Item]:
+        kept = set(self._keep(rollouts))
+        mean_score = fmean(rollout.score for rollout in rollouts)
+        mean_pruned = fmean(len(rollout.pruned_layers) for rollout in rollouts)
+        for rollout in rollouts:
+            if rollout in kept or not self._only_kept:
                 yield {
                     "id": rollout.id,
                     "mask_L": _mask_L(rollout.pruned_layers, self.num_layers),
                     "score": rollout.score,
+                    "desirable": rollout in kept,
+                    "mean_score": mean_score,
+                    "mean_pruned": mean_pruned,
                 }
+
+    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
+        for shard, numbers in pieces:
+            yield from self._items(shard)[numbers.start : numbers.stop : numbers.step]
 
 
 def _masks_BL(configurations: Sequence[Sequence[int]], num_layers: int) -> Tensor:

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dynprune.methods.base import Batch, RouterTraining
-from dynprune.methods.losses import OrpoVariant, fbc_loss, orpo_loss
+from dynprune.methods.base import Batch
+from dynprune.methods.losses import OrpoVariant, PreferenceTerms, fbc_loss, orpo_loss
+from dynprune.methods.preference import PreferenceTraining
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies.base import Policy
 from dynprune.router.router import Router
 
 
-class OddsRatioPreferenceOptimization(RouterTraining):
+class OddsRatioPreferenceOptimization(PreferenceTraining):
     """Trains a router by `orpo_loss`."""
-
-    learns_from = "pairs"
 
     def __init__(
         self,
@@ -47,8 +46,8 @@ class OddsRatioPreferenceOptimization(RouterTraining):
             raise ValueError(f"method.module.variant={variant!r} is unknown; allowed: paper, thesis_code, thesis_readme")
         self._variant, self._weight, self._beta = variant, weight, beta
 
-    def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean of `orpo_loss` over the pairs of the batch."""
+    def preference_terms(self, outputs: RouterOutputs, batch: Batch) -> PreferenceTerms:
+        """`orpo_loss` of the pairs of the batch."""
         supervised_B = None
         if self._variant == "thesis_code":
             supervised_B = fbc_loss(
@@ -59,13 +58,11 @@ class OddsRatioPreferenceOptimization(RouterTraining):
                 ratio_target="edge",
                 layer_loss="mse",
             ).loss_B
-        terms = orpo_loss(
-            self.policy.log_prob(outputs, batch["winner_mask_BL"]),
-            self.policy.log_prob(outputs, batch["loser_mask_BL"]),
+        return orpo_loss(
+            *self.log_probs(outputs, batch),
             num_layers=self.policy.num_prunable,
             variant=self._variant,
             weight=self._weight,
             beta=self._beta,
             sft_w_B=supervised_B,
         )
-        return terms.loss_B.mean(), terms.metrics()

@@ -15,14 +15,14 @@ from dynprune.artifacts import Artifact
 from dynprune.data.datamodule import StreamData
 from dynprune.data.filtering import keep_successful
 from dynprune.data.prompts import render_router_input
-from dynprune.data.rollouts import completed_ids
+from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
 from dynprune.methods.base import RouterTraining
 from dynprune.router.checkpoint import load_router, save_router
 from dynprune.router.encoder import TextEncoder
 from dynprune.router.inputs import RouterInputs
-from dynprune.router.policies import Policy, build_policy
+from dynprune.router.policies import Policy, ValuePolicy, build_policy
 from dynprune.router.router import Router
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
@@ -41,8 +41,7 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
         method: The method's configuration; the run's by default.
     """
     method = run.config.method if method is None else method
-    learns_from = get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
-    source = pairs(run) if learns_from == "pairs" else explore(run)
+    source = pairs(run) if _learns_from(method) == "pairs" else explore(run)
     held_out = pairs(run, "validation")
     start = _start(run, method)
     hardware = run.config.hardware.trainer
@@ -62,7 +61,7 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
-        policy = new_policy(run)
+        policy = new_policy(run, method)
         network = new_router(run) if start is None else load_router(start.folder / ROUTER)[0].train()
         module: RouterTraining = instantiate(
             method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
@@ -103,15 +102,23 @@ def _start(run: Run, method: DictConfig) -> Artifact | None:
     return router(run, start)
 
 
+def _learns_from(method: DictConfig) -> str:
+    return get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
+
+
 def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, network: Router, policy: Policy) -> StreamData:
     """What the method learns from, and what it is validated on: held-out data of its own kind, and pairs in any case."""
+    learns_from = _learns_from(method)
     validation: list[PairStream | RolloutStream] = [PairStream(held_out.folder / PAIRS, policy.allows, None)]
-    if source.stage == "pairs":
+    if learns_from == "pairs":
         training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, run.config.seed)
     else:
-        keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
-        training = RolloutStream(source.folder, policy.allows, keep, run.config.seed)
-        validation.append(RolloutStream(explore(run, "validation").folder, policy.allows, keep, None))
+        keep: Callable[[Sequence[Rollout]], list[Rollout]] = list
+        if learns_from != "scores":
+            keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
+        stream = partial(RolloutStream, allows=policy.allows, keep=keep, only_kept=learns_from == "successes")
+        training = stream(source.folder, seed=run.config.seed)
+        validation.append(stream(explore(run, "validation").folder, seed=None))
     explored = {split: completed_ids(explore(run, split).folder) for split in ("train", "validation")}
     texts = {
         query.id: render_router_input(query)
@@ -155,13 +162,21 @@ def new_router(run: Run) -> Router:
     )
 
 
-def new_policy(run: Run) -> Policy:
-    """The policy of the run's configuration."""
+def new_policy(run: Run, method: DictConfig | None = None) -> Policy:
+    """The policy that a method needs, or else that of the router's configuration.
+
+    Args:
+        run: The run.
+        method: The method's configuration; the run's by default.
+    """
     settings = run.config.router
-    own = plain(settings.sinkhorn) if settings.policy == "sinkhorn" else {}
+    own = plain((run.config.method if method is None else method).policy)
+    if own is None:
+        if settings.policy == ValuePolicy.name:
+            raise ValueError("router.policy=value searches a reward that only one method predicts; type method=value")
+        own = {"name": settings.policy} | (plain(settings.sinkhorn) if settings.policy == "sinkhorn" else {})
     return build_policy(
         {
-            "name": settings.policy,
             "num_layers": run.slm.num_layers,
             "prunable_layers": plain(settings.prunable_layers),
             "k_max": settings.k_max,
@@ -172,11 +187,13 @@ def new_policy(run: Run) -> Policy:
 
 def _collate(inputs: RouterInputs) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        masks = {
-            key.replace("mask_L", "mask_BL"): torch.stack([item[key] for item in items])
-            for key in items[0]
-            if key.endswith("mask_L")
-        }
-        return {"inputs": inputs([item["id"] for item in items]), **masks}
+        columns = {key: [item[key] for item in items] for key in items[0]}
+        batch: dict[str, Any] = {"inputs": inputs(columns.pop("id"))}
+        for key, values in columns.items():
+            if key.endswith("_L"):
+                batch[key.replace("_L", "_BL")] = torch.stack(values)
+            else:
+                batch[f"{key}_B"] = torch.tensor(values)
+        return batch
 
     return collate

@@ -1,4 +1,4 @@
-"""Policies over configurations, `router.policy`."""
+"""Policies over configurations, `router.policy` or a method's own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from dynprune.router.policies.conditional_bernoulli import ConditionalBernoulliP
 from dynprune.router.policies.gumbel import GumbelPolicy
 from dynprune.router.policies.plackett_luce import PlackettLucePolicy
 from dynprune.router.policies.sinkhorn import SinkhornPolicy
+from dynprune.router.policies.value import ValuePolicy
 
 __all__ = [
     "ConditionalBernoulliPolicy",
@@ -15,6 +16,7 @@ __all__ = [
     "PlackettLucePolicy",
     "Policy",
     "SinkhornPolicy",
+    "ValuePolicy",
     "build_policy",
 ]
 
@@ -28,7 +30,7 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
     Raises:
         ValueError: If there is no policy of that name, or an argument is wrong.
     """
-    classes = (ConditionalBernoulliPolicy, GumbelPolicy, PlackettLucePolicy, SinkhornPolicy)
+    classes = (ConditionalBernoulliPolicy, GumbelPolicy, PlackettLucePolicy, SinkhornPolicy, ValuePolicy)
     by_name: dict[str, type[Policy]] = {policy.name: policy for policy in classes}
     if config["name"] not in by_name:
         raise ValueError(f"router.policy={config['name']!r} is unknown; allowed: {', '.join(by_name)}")

@@ -1,0 +1,119 @@
+"""Search of a predicted reward: prune as many layers as the prediction allows.
+
+The router's heads are read as an additive logistic model of a configuration's reward,
+
+    r(x, y) = σ(b(x) + Σ_(i in y) s_i(x)),
+
+with the layer logits as s and logit(mu) as b. Of all configurations of size k the one with the k largest s has the
+largest r, so the best of each size, and with them the deepest configuration that reaches a reward, are found
+exactly, in O(N log N).
+
+As a distribution it is the Gibbs distribution of the predicted log-odds, π(y|x) ∝ exp(Σ_(i in y) s_i) over all
+configurations of at most k_max layers: P(k|x) = e_k / Σ_j e_j with the elementary symmetric polynomials of exp(s), and
+a conditional Bernoulli given k. Here b cancels, and log sigma is not used at all.
+
+Legend: B = batch, L = decoder layers of the SLM, N = layers that may be pruned, K = k_max + 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynprune.router.outputs import RouterOutputs
+from dynprune.router.policies.conditional_bernoulli import ConditionalBernoulliPolicy
+from dynprune.router.topk import log_esp, top_k_mask
+
+# Where mu rounds to 0 or 1 its logit would be infinite.
+_EPSILON = 1e-6
+
+
+class ValuePolicy(ConditionalBernoulliPolicy):
+    """Prunes as many layers as leave the predicted reward large enough.
+
+    Attributes:
+        min_reward: Smallest predicted reward of what `mode` chooses.
+    """
+
+    name: ClassVar[str] = "value"
+
+    def __init__(
+        self,
+        num_layers: int,
+        prunable_layers: Sequence[int] | None = None,
+        k_max: int | None = None,
+        *,
+        min_reward: float,
+    ) -> None:
+        """Fixes which configurations are possible, and the threshold.
+
+        Args:
+            num_layers: L, the number of decoder layers of the SLM.
+            prunable_layers: Layers that may be pruned; all if None.
+            k_max: The largest number of pruned layers; the number of prunable layers if None.
+            min_reward: Smallest predicted reward, between 0 and 1.
+
+        Raises:
+            ValueError: As `Policy`, or if `min_reward` is not between 0 and 1.
+        """
+        super().__init__(num_layers, prunable_layers, k_max)
+        if not 0 < min_reward < 1:
+            raise ValueError(f"method.policy.min_reward={min_reward} is not allowed; allowed: between 0 and 1, for example 0.5")
+        self.min_reward = min_reward
+
+    def config(self) -> dict[str, Any]:
+        """Returns the name and the constructor's arguments, as JSON values."""
+        return super().config() | {"min_reward": self.min_reward}
+
+    def reward_logits(self, outputs: RouterOutputs, mask_BL: Tensor) -> Tensor:
+        """Returns logit_B of the predicted reward r(x, y), in float32 at least.
+
+        Args:
+            outputs: The router's outputs for B queries.
+            mask_BL: One configuration for each, True where a layer is pruned; layers that may not be pruned count for
+                nothing.
+        """
+        logits_BN, mu_B, _ = self._heads(outputs)
+        return mu_B.logit(_EPSILON) + _total(logits_BN, self.restrict(mask_BL))
+
+    def log_prob(self, outputs: RouterOutputs, mask_BL: Tensor) -> Tensor:
+        """Returns log_prob_B of the Gibbs distribution; otherwise as `Policy.log_prob`."""
+        logits_BN, _, _ = self._heads(outputs)
+        log_p_B = _total(logits_BN, self.restrict(mask_BL)) - log_esp(logits_BN, self.k_max).logsumexp(dim=1)
+        return torch.where(self.allows(mask_BL), log_p_B, -torch.inf)
+
+    @torch.no_grad()
+    def sample(self, outputs: RouterOutputs, generator: torch.Generator | None = None) -> Tensor:
+        """Draws mask_BL from the Gibbs distribution; otherwise as `Policy.sample`."""
+        logits_BN, _, _ = self._heads(outputs)
+        p_BK = log_esp(logits_BN, self.k_max).softmax(dim=1)
+        k_B = torch.multinomial(p_BK, 1, generator=generator)[:, 0]
+        return self._expand(self._subset_sample(logits_BN, k_B, generator))
+
+    @torch.no_grad()
+    def mode(self, outputs: RouterOutputs) -> Tensor:
+        """Returns the deepest configuration whose predicted reward is at least `min_reward`.
+
+        Of several that are equally deep it is the one with the largest predicted reward. Where no configuration reaches
+        `min_reward`, nothing is pruned. It is found by search of the prediction; the likeliest configuration under
+        `log_prob` is another one.
+
+        Args:
+            outputs: The router's outputs for B queries.
+
+        Returns:
+            mask_BL, True where a layer is pruned.
+        """
+        logits_BN, mu_B, _ = self._heads(outputs)
+        best_BN = logits_BN.sort(dim=1, descending=True).values.cumsum(dim=1)
+        best_BK = mu_B.logit(_EPSILON)[:, None] + F.pad(best_BN[:, : self.k_max], (1, 0))
+        is_enough_BK = best_BK >= math.log(self.min_reward / (1 - self.min_reward))
+        k_K = torch.arange(self.k_max + 1, device=logits_BN.device)
+        return self._expand(top_k_mask(logits_BN, torch.where(is_enough_BK, k_K, 0).amax(dim=1)))
+
+
+def _total(logits_BN: Tensor, mask_BN: Tensor) -> Tensor:
+    return logits_BN.masked_fill(~mask_BN, 0.0).sum(dim=1)
