@@ -177,6 +177,43 @@ def test_one_fixed_configuration_can_be_scored_alone_aloud_and_without_adapters(
     assert not (folder / "outputs/fixed/report/layer_error.png").exists()
 
 
+def test_lossless_rows_have_the_originals_answers_and_are_timed_with_the_others(tiny):
+    folder, _ = tiny
+    dynprune(
+        folder,
+        "experiment=tiny",
+        "+base@evaluation.lossless.lookup=lossless",
+        "+base@evaluation.lossless.both=lossless",
+        "evaluation.lossless.both.pruned_layers=router-dpo",
+        "name=lossless",
+    )
+    report = folder / "outputs/lossless/report"
+    table = json.loads((report / "table.json").read_text())
+    assert [row["name"] for row in table["rows"]] == [
+        "original",
+        "static-1",
+        "static-2",
+        "router-dpo",
+        "lossless-lookup",
+        "lossless-both",
+    ]
+    answers = {}
+    for name in ("original", "lossless-lookup", "lossless-both"):
+        samples = [json.loads(line) for line in (report / f"samples/{name}.jsonl").read_text().splitlines()]
+        answers[name] = [(s["id"], s["token_ids"], s["pruned_layers"]) for s in samples]
+    assert answers["lossless-lookup"] == answers["lossless-both"] == answers["original"]
+    original, *_, lookup, both = table["rows"]
+    assert original["lossless"] is None
+    assert lookup["lossless"]["draft_passes"] == 0 < both["lossless"]["draft_passes"]
+    assert lookup["lossless"]["passes"] + lookup["lossless"]["accepted"] == lookup["lossless"]["tokens"]
+    for row in (lookup, both):
+        assert row["ast_match"] == original["ast_match"]
+        assert row["timed"] == 2
+        assert row["lossless"]["near_ties"] == 0
+    # Identical rows are no comparison, and would only make the correction for many stricter.
+    assert not [c for c in table["comparisons"] if c["row"].startswith("lossless")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -10,7 +10,7 @@ from rich.console import Console
 from dynprune.evaluation import table as table_module
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval
-from dynprune.evaluation.table import TableRow, render_table, write_table
+from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 
 MACHINE = {"cpu": "Model X", "cores": 4, "accelerator": None}
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0"}
@@ -229,3 +229,18 @@ def test_machine_and_versions_are_json_and_say_what_ran():
     assert machine["cores"] >= 1
     assert set(found) == {"python", "torch", "transformers", "lightning", "hydra-core", "dynprune"}
     assert found["torch"]
+
+
+def test_a_lossless_row_says_what_its_drafts_did(tmp_path):
+    drafts = Lossless(tokens=400, proposed=500, accepted=250, passes=160, draft_passes=80, near_ties=2)
+    write(tmp_path, [*ROWS, make_row("lossless-lookup", lossless=drafts)])
+    text = (tmp_path / "table.md").read_text()
+    # By hand: 250 of 400, 250 of 500, 400 / 160, 80 / 160.
+    assert "| lossless-lookup | 62.5 | 50.0 | 2.50 | 0.50 | 2 of 200 |" in text
+    assert text.count("**Lossless rows**") == 1
+    assert [row["lossless"] for row in read_json(tmp_path)["rows"]] == [None, None, vars(drafts)]
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert [line["lossless_accepted"] for line in lines] == ["", "", "250"]
+    write(tmp_path)
+    assert "Lossless" not in (tmp_path / "table.md").read_text()
+    assert "lossless" not in (tmp_path / "table.csv").read_text()

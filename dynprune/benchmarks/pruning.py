@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dynprune.benchmarks.line import PRUNED, Line, in_turns, untrained_stack
-from dynprune.data.tasks import Query
-from dynprune.evaluation.latency import time_rows
+from dynprune.evaluation.latency import TimedRow, time_rows
 from dynprune.slm.cache import ReservingCache
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.pruning import LayerPruner
@@ -36,10 +35,7 @@ def prune_overhead(run: Run) -> Line:
             token = removed(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1).logits.argmax(dim=-1)
         return time.perf_counter() - start
 
-    rows: dict[str, Callable[[Query], Sequence[int]]] = {
-        "full": lambda query: (),
-        "pruned": lambda query: PRUNED,
-    }
+    rows = {"full": TimedRow(lambda query: ()), "pruned": TimedRow(lambda query: PRUNED)}
     full, pruned, physical = [], [], []
     without_layers(prompts[0])
     for _ in range(3):

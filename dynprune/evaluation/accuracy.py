@@ -1,7 +1,7 @@
 """Running test queries, each under its configuration, and scoring what the SLM says."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
@@ -23,6 +23,8 @@ class Sample:
         token_ids: The same as tokens.
         truncated: Whether the token limit cut it off.
         scores: All scores of the output.
+        drafts: For an output that was drafted and verified, counts: passes of the full SLM and of the pruned one, tokens
+            proposed and accepted.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Sample:
     token_ids: tuple[int, ...]
     truncated: bool
     scores: Mapping[str, float]
+    drafts: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_queries(

@@ -2,7 +2,8 @@
 
 For each query the rows take turns in random order, so that a machine that grows slower meets all of them alike. A row's time
 is that of the router (tokenising, encoding, choosing), of the prompt (prefill) and of each further token (decode). All rows
-generate the number of tokens that the full SLM's answer has: a pruned SLM that stops early would look fast.
+generate the number of tokens that the full SLM's answer has: a pruned SLM that stops early would look fast. A row may decode in
+a way of its own, such as by drafts that the full SLM verifies.
 """
 
 import random
@@ -18,6 +19,8 @@ from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner, cache_bytes
 
 Chooser = Callable[[Query], Sequence[int]]
+# From a prompt, a configuration, a number of tokens and an empty cache: yields after each pass, the first over the prompt.
+Decoder = Callable[[SLM, LayerPruner, Sequence[int], Sequence[int], int, ReservingCache], Iterator[object]]
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,56 @@ class Timing:
         return self.route + self.prefill + self.decode
 
 
+@torch.inference_mode()
+def decode_pruned(
+    slm: SLM,
+    pruner: LayerPruner,
+    prompt: Sequence[int],
+    configuration: Sequence[int],
+    new_tokens: int,
+    cache: ReservingCache,
+) -> Iterator[torch.Tensor]:
+    """Generates greedily under a configuration, a token a pass.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner, entered.
+        prompt: The tokens to continue.
+        configuration: The pruned layers.
+        new_tokens: How many tokens to generate, at least 1.
+        cache: An empty cache.
+
+    Yields:
+        Each token, (1, 1).
+    """
+    pruner.prune(configuration)
+    token_11 = _next_token(slm, torch.tensor([list(prompt)], device=slm.device), 0, cache)
+    yield token_11
+    for step in range(new_tokens - 1):
+        token_11 = _next_token(slm, token_11, len(prompt) + step, cache)
+        yield token_11
+
+
+@dataclass(frozen=True)
+class TimedRow:
+    """What is timed.
+
+    Attributes:
+        choose: Chooses the configuration, the router included.
+        decode: Generates with it.
+    """
+
+    choose: Chooser
+    decode: Decoder = decode_pruned
+
+
 def time_rows(
     slm: SLM,
     pruner: LayerPruner,
     queries: Sequence[Query],
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[int],
-    rows: Mapping[str, Chooser],
+    rows: Mapping[str, TimedRow],
     warmup: int,
     seed: int,
 ) -> Iterator[Timing]:
@@ -66,7 +112,7 @@ def time_rows(
         queries: The queries to time.
         prompts: Their prompts, tokenised.
         tokens: How many tokens to generate for each query, at least 1.
-        rows: For each row what chooses its configuration, the router included.
+        rows: By name, what chooses each row's configuration and generates.
         warmup: Queries that are run first without being counted.
         seed: Seed of the order of turns.
 
@@ -89,16 +135,17 @@ def _time_one(
     prompt: Sequence[int],
     tokens: int,
     name: str,
-    choose: Chooser,
+    row: TimedRow,
 ) -> Timing:
     start = _now(slm)
-    pruner.prune(choose(query))
+    configuration = row.choose(query)
     routed = _now(slm)
     cache = ReservingCache()
-    token_11 = _next_token(slm, torch.tensor([list(prompt)], device=slm.device), 0, cache)
+    passes = row.decode(slm, pruner, prompt, configuration, tokens, cache)
+    next(passes)
     prefilled = _now(slm)
-    for step in range(tokens - 1):
-        token_11 = _next_token(slm, token_11, len(prompt) + step, cache)
+    for _ in passes:
+        pass
     end = _now(slm)
     return Timing(
         id=query.id,

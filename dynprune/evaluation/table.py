@@ -39,6 +39,27 @@ _ABSENT = "–"
 
 
 @dataclass(frozen=True)
+class Lossless:
+    """What drafts did for a row whose answers the full SLM verifies; totals over all queries.
+
+    Attributes:
+        tokens: Tokens of the answers, their stop tokens included.
+        proposed: Tokens that were drafted.
+        accepted: How many of those became tokens of the answers.
+        passes: Passes of the full SLM, those over the prompts included.
+        draft_passes: Passes of the pruned SLM.
+        near_ties: Answers that differ from the full SLM's by rounding alone.
+    """
+
+    tokens: int
+    proposed: int
+    accepted: int
+    passes: int
+    draft_passes: int
+    near_ties: int
+
+
+@dataclass(frozen=True)
 class TableRow:
     """What one way to prune did on the test queries.
 
@@ -55,6 +76,7 @@ class TableRow:
         cache_mib: Keys and values of one query at its end, in MiB; pruned layers have none.
         timed: Number of queries behind the measured figures.
         truncated: Number of outputs that the token limit cut off.
+        lossless: What drafts did, for a row that has the full SLM's answers; ``None`` for others.
     """
 
     name: str
@@ -69,6 +91,7 @@ class TableRow:
     cache_mib: MedianInterval | None = None
     timed: int = 0
     truncated: int = 0
+    lossless: Lossless | None = None
 
     def __post_init__(self) -> None:
         """Checks the scores.
@@ -196,6 +219,8 @@ def _csv(rows: Sequence[TableRow]) -> str:
                     f"{key}_low": value.get("low"),
                     f"{key}_high": value.get("high"),
                 }
+            elif key == "lossless":
+                flat |= {f"{key}_{name}": count for name, count in (value or {}).items()}
             else:
                 flat[key] = value
         flat_rows.append(_plain(flat))
@@ -225,6 +250,9 @@ def _markdown(
     ]
     if any(row.timed for row in rows):
         blocks += ["**Time**: medians over queries.", _time_table(rows)]
+    if any(row.lossless for row in rows):
+        blocks += ["**Lossless rows**: drafts that the unpruned SLM verifies, so its answers."]
+        blocks += [_lossless_table(rows)]
     if comparisons:
         blocks += [
             "**Comparisons**, paired by query. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
@@ -267,6 +295,24 @@ def _time_table(rows: Sequence[TableRow]) -> str:
     for row in rows:
         speedups = [_cell(row.prefill_speedup, 100), _cell(row.decode_speedup, 100)]
         lines.append([row.name, str(row.timed), *speedups, _cell(row.seconds, 1, digits=2), _cell(row.cache_mib, 1)])
+    return _grid(header, lines)
+
+
+def _lossless_table(rows: Sequence[TableRow]) -> str:
+    header = [
+        "Row",
+        "Tokens from drafts, %",
+        "Drafted tokens accepted, %",
+        "Tokens per pass",
+        "Pruned passes per pass",
+        "Differ by rounding",
+    ]
+    lines = []
+    for row in rows:
+        if (drafts := row.lossless) is not None:
+            shares = [_number(100 * drafts.accepted / drafts.tokens), _number(100 * drafts.accepted / max(1, drafts.proposed))]
+            rates = [_number(drafts.tokens / drafts.passes, 2), _number(drafts.draft_passes / drafts.passes, 2)]
+            lines.append([row.name, *shares, *rates, f"{drafts.near_ties} of {row.n}"])
     return _grid(header, lines)
 
 

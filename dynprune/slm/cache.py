@@ -131,7 +131,8 @@ def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, T
     # Whoever replaces a layer's keys, to drop rows for example, leaves the buffer behind.
     backed = buffer is not None and buffer.data_ptr() == held.data_ptr() and buffer.shape[0] == held.shape[0]
     if buffer is None or not backed or buffer.shape[2] < length:
-        buffer = torch.empty(*new.shape[:2], length + _RESERVED, new.shape[3], dtype=new.dtype, device=new.device)
+        buffer = held.new_empty(*held.shape[:2], length + _RESERVED, held.shape[3])
         buffer[:, :, : held.shape[2]] = held
+    # A layer that is pruned for a while writes placeholders one number wide behind what it holds.
     buffer[:, :, held.shape[2] : length] = new
     return buffer, buffer[:, :, :length]

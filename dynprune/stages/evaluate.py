@@ -15,11 +15,14 @@ from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample, run_queries
 from dynprune.evaluation.latency import Timing, time_rows
+from dynprune.evaluation.lossless import count_near_ties, run_lossless
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.metrics.scores import mean_scores
 from dynprune.slm.prompt_states import PromptStates
+from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.baselines import baseline_rows
+from dynprune.stages.lossless import lossless_rows, timed_row
 from dynprune.stages.progress import track
 from dynprune.stages.router import chooser, router
 from dynprune.stages.rows import Row
@@ -31,19 +34,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` gives to the report."""
+    """What `evaluate` gives to the report.
+
+    Attributes:
+        queries: The test queries.
+        rows: The rows of the table, the original first.
+        samples: By row, a sample for each query.
+        timings: A timing for each row and timed query.
+        near_ties: By lossless row, how many outputs differ from the original by rounding.
+    """
 
     queries: list[Query]
     rows: list[Row]
     samples: dict[str, list[Sample]]
     timings: list[Timing]
+    near_ties: dict[str, int]
 
 
 def evaluate(run: Run) -> Evaluation:
     """Runs all rows of the configuration."""
     queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
     rows = _rows(run)
+    rows += lossless_rows(run, rows)
     samples: dict[str, list[Sample]] = {}
+    near_ties: dict[str, int] = {}
     drafts: Mapping[str, tuple[int, ...]] = {}
     # Two rows share what a prompt is below the first layer in which their configurations differ.
     states = PromptStates(run.shared_bytes)
@@ -51,8 +65,11 @@ def evaluate(run: Run) -> Evaluation:
         samples[row.name] = _run_row(run, row, queries, drafts, states)
         if row.name == "original":
             drafts = {s.id: s.token_ids for s in samples[row.name]}
+        if row.drafting is not None:
+            with LayerPruner(run.slm) as pruner:
+                near_ties[row.name] = count_near_ties(run.slm, pruner, queries, samples[row.name], samples["original"])
     del states
-    return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]))
+    return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]), near_ties)
 
 
 def train_routers(run: Run) -> dict[str, Artifact]:
@@ -106,10 +123,13 @@ def _run_row(
         references = {query.id: run.tokens(query)[1] for query in queries}
         limit = run.max_new_tokens(queries)
         samples = []
+        batch = run.config.hardware.batch_size
         with pruner_of(run, adapters_artifact) as pruner:
-            results = run_queries(
-                run.slm, pruner, queries, configurations, drafts or references, limit, run.config.hardware.batch_size, states
-            )
+            if row.drafting is None:
+                likely = drafts or references
+                results = run_queries(run.slm, pruner, queries, configurations, likely, limit, batch, states)
+            else:
+                results = run_lossless(run.slm, pruner, queries, configurations, limit, row.drafting)
             for sample in track(results, f"evaluating {row.name}", len(queries)):
                 samples.append(sample)
                 show(sample)
@@ -177,7 +197,7 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
                 timed,
                 prompts,
                 tokens,
-                {row.name: row.choose for row in rows},
+                {row.name: timed_row(row) for row in rows},
                 settings.warmup,
                 run.config.seed,
             )

@@ -9,13 +9,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.figures import accuracy_speedup, layer_error, layers_pruned
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
-from dynprune.evaluation.table import TableRow, render_table, write_table
+from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers, write_samples
 from dynprune.stages.rows import Row
@@ -46,7 +47,7 @@ def report(run: Run) -> Path:
     for name, samples in evaluation.samples.items():
         write_samples(samples, folder / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, folder / "accuracy_speedup.png")
-    pruned = {row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if row.name != "original"}
+    pruned = {row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if _is_pruned(row)}
     if pruned:
         layers_pruned(pruned, folder / "layers_pruned.png")
     artifact = adapters(run)
@@ -72,8 +73,19 @@ def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
         mean_pruned_layers=mean_pruned,
         nominal_speedup=nominal_speedup(mean_pruned, cost, run.slm.num_layers),
         truncated=sum(sample.truncated for sample in samples),
+        lossless=_lossless(samples, evaluation.near_ties[row.name]) if row.drafting is not None else None,
         **_times(row.name, evaluation.timings),
     )
+
+
+def _is_pruned(row: Row) -> bool:
+    return row.name != "original" and row.drafting is None
+
+
+def _lossless(samples: list[Sample], near_ties: int) -> Lossless:
+    totals = {name: sum(sample.drafts[name] for sample in samples) for name in samples[0].drafts}
+    tokens = sum(len(sample.token_ids) + (not sample.truncated) for sample in samples)
+    return Lossless(tokens=tokens, near_ties=near_ties, **totals)
 
 
 def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Compariso
     """Every row against the unpruned SLM, each router against the static set nearest in size, routers among themselves."""
     statics = [row for row in rows if row.name.startswith("static-")]
     routers = [row for row in rows if row.name.startswith("router-")]
-    pairs = [(row.name, "original") for row in rows if row.name != "original"]
+    pairs = [(row.name, "original") for row in rows if row.name != "original" and row.lossless is None]
     for router in routers:
         nearest = sorted(statics, key=lambda s: abs(s.mean_pruned_layers - router.mean_pruned_layers))[:1]
         pairs += [(router.name, static.name) for static in nearest]

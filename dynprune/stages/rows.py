@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dynprune.evaluation.latency import Chooser
+from dynprune.slm.speculative import Drafting
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,11 @@ class Row:
         choose: What gives the configuration for a query.
         origin: The fingerprint, or the layers, that the configurations come from.
         uses_router: Whether choosing costs a pass of the router.
+        drafting: How the SLM with that configuration drafts what the full SLM verifies; ``None`` where it answers itself.
     """
 
     name: str
     choose: Chooser
     origin: str
     uses_router: bool
+    drafting: Drafting | None = None
