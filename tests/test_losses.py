@@ -15,9 +15,14 @@ from dynprune.methods.losses import (
 )
 from dynprune.router.encoder import TextEncoder
 from dynprune.router.policies import ConditionalBernoulliPolicy
+from dynprune.router.ratio import CategoricalRatio, NormalRatio
 from dynprune.router.router import Router
 
 L = 10
+
+
+def normal(mu: torch.Tensor) -> NormalRatio:
+    return NormalRatio(mu, torch.full_like(mu, -4.0))
 
 
 def log_probs(seed: int = 0, batch: int = 16) -> list[torch.Tensor]:
@@ -33,19 +38,27 @@ def log_sigmoid(x: np.ndarray) -> np.ndarray:
 def test_fbc_ratio_term_aims_at_the_middle_or_at_the_edge_of_the_bucket(ratio_target: RatioTarget, target: float) -> None:
     mask = torch.zeros(1, L, dtype=torch.bool)
     mask[0, [1, 4]] = True
-    terms = fbc_loss(torch.tensor([0.6]), torch.zeros(1, L), mask, alpha=0.0, ratio_target=ratio_target)
+    terms = fbc_loss(normal(torch.tensor([0.6])), torch.zeros(1, L), mask, alpha=0.0, ratio_target=ratio_target)
     assert terms.loss_B.item() == pytest.approx((0.6 - target) ** 2)
 
 
 def test_fbc_by_hand_with_bce_and_with_mse() -> None:
     logits = torch.tensor([[math.log(3.0), -math.log(4.0)]])  # scores 3/4 and 1/5
     mask = torch.tensor([[True, False]])
-    bce = fbc_loss(torch.tensor([0.5]), logits, mask, alpha=0.3, layer_loss="bce")
-    mse = fbc_loss(torch.tensor([0.5]), logits, mask, alpha=0.3, layer_loss="mse", ratio_target="edge")
+    bce = fbc_loss(normal(torch.tensor([0.5])), logits, mask, alpha=0.3, layer_loss="bce")
+    mse = fbc_loss(normal(torch.tensor([0.5])), logits, mask, alpha=0.3, layer_loss="mse", ratio_target="edge")
     assert bce.layer_loss_B.item() == pytest.approx(-(math.log(0.75) + math.log(0.8)) / 2)
     assert bce.ratio_loss_B.item() == pytest.approx(0.25**2)
     assert bce.loss_B.item() == pytest.approx(0.25**2 - 0.3 * (math.log(0.75) + math.log(0.8)) / 2)
     assert mse.loss_B.item() == pytest.approx(0.3 * (0.25**2 + 0.2**2) / 2)
+
+
+def test_fbc_of_a_categorical_ratio_is_its_negative_log_likelihood_of_k_by_hand() -> None:
+    ratio = CategoricalRatio(torch.tensor([[0.0, math.log(2.0), math.log(5.0)]]))  # 1/8, 2/8 and 5/8
+    mask = torch.tensor([[True, False]])
+    terms = fbc_loss(ratio, torch.tensor([[math.log(3.0), -math.log(4.0)]]), mask, alpha=0.3)
+    assert terms.ratio_loss_B.item() == pytest.approx(math.log(4))
+    assert terms.loss_B.item() == pytest.approx(math.log(4) - 0.3 * (math.log(0.75) + math.log(0.8)) / 2)
 
 
 def test_fbc_has_its_minimum_where_the_mode_prunes_the_rollouts_layers() -> None:
@@ -55,7 +68,7 @@ def test_fbc_has_its_minimum_where_the_mode_prunes_the_rollouts_layers() -> None
     optimizer = torch.optim.SGD([mu, logits], lr=0.3)
     for _ in range(200):
         optimizer.zero_grad()
-        fbc_loss(mu, logits, mask, alpha=1.0).loss_B.sum().backward()
+        fbc_loss(normal(mu), logits, mask, alpha=1.0).loss_B.sum().backward()
         optimizer.step()
     assert mu.item() == pytest.approx(3.5 / 6, abs=1e-3)
     assert torch.equal(logits > 0, mask)
@@ -158,7 +171,7 @@ def test_losses_are_computed_in_float32_from_half_precision() -> None:
     logp = torch.tensor([-3.0]).bfloat16()
     assert dpo_loss(logp, logp, logp, logp, beta=0.1).loss_B.dtype == torch.float32
     assert orpo_loss(logp, logp, num_layers=L).loss_B.dtype == torch.float32
-    heads = torch.tensor([0.5]).bfloat16(), torch.zeros(1, 4).bfloat16()
+    heads = normal(torch.tensor([0.5]).bfloat16()), torch.zeros(1, 4).bfloat16()
     assert fbc_loss(*heads, torch.zeros(1, 4, dtype=torch.bool), alpha=1.0).loss_B.dtype == torch.float32
 
 
@@ -174,7 +187,7 @@ def preference_loss(name: str, router: Router, features: dict[str, torch.Tensor]
     heads = router(router.encode(features))
     winners = torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 1]], dtype=torch.bool)
     losers = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    fbc = fbc_loss(heads.mu_B, heads.layer_logits_BL, winners, alpha=0.5, ratio_target="edge", layer_loss="mse")
+    fbc = fbc_loss(heads.ratio, heads.layer_logits_BL, winners, alpha=0.5, ratio_target="edge", layer_loss="mse")
     if name == "fbc":
         return fbc.loss_B
     logp_w, logp_l = policy.log_prob(heads, winners), policy.log_prob(heads, losers)

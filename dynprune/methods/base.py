@@ -81,7 +81,7 @@ class RouterTraining(lightning.LightningModule):
         outputs = self.outputs(batch)
         if ("mask_BL" in batch) == (self.learns_from == "rollouts"):
             loss, _ = self.training_loss(outputs, batch)
-            self._log_validation("loss", loss, len(outputs.mu_B))
+            self._log_validation("loss", loss, len(outputs.layer_logits_BL))
         if "winner_mask_BL" in batch:
             margin_B = self.policy.log_prob(outputs, batch["winner_mask_BL"]) - self.policy.log_prob(
                 outputs, batch["loser_mask_BL"]

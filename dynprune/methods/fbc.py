@@ -1,6 +1,7 @@
 """Filtered behavioural cloning: the router imitates the successful configurations (the thesis's baseline).
 
-(μ − target)² + α·Σ loss(scores, mask) / L on the rollouts that pass the filter.
+(μ − target)² + α·Σ loss(scores, mask) / L on the rollouts that pass the filter; with a categorical ratio −log P(k|x) stands
+in place of the square.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,14 +48,15 @@ class FilteredBehaviouralCloning(RouterTraining):
             raise ValueError(f"method.module.ratio_target={ratio_target!r} is unknown; allowed: middle, edge")
         if layer_loss not in ("bce", "mse"):
             raise ValueError(f"method.module.layer_loss={layer_loss!r} is unknown; allowed: bce, mse")
-        # The equation has no σ; DDP refuses a parameter that gets no gradient.
-        router.ratio_log_std.requires_grad_(False)
+        if router.num_counts is None:
+            # The equation has no σ; DDP refuses a parameter that gets no gradient.
+            router.ratio_log_std.requires_grad_(False)
         self._alpha, self._ratio_target, self._layer_loss = alpha, ratio_target, layer_loss
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of `fbc_loss` over the rollouts of the batch."""
         terms = fbc_loss(
-            outputs.mu_B,
+            outputs.ratio,
             self.policy.restrict(outputs.layer_logits_BL),
             self.policy.restrict(batch["mask_BL"]),
             alpha=self._alpha,

@@ -52,7 +52,7 @@ class OddsRatioPreferenceOptimization(RouterTraining):
         supervised_B = None
         if self._variant == "thesis_code":
             supervised_B = fbc_loss(
-                outputs.mu_B,
+                outputs.ratio,
                 self.policy.restrict(outputs.layer_logits_BL),
                 self.policy.restrict(batch["winner_mask_BL"]),
                 alpha=0.01,

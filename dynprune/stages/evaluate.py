@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,26 @@ from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
+from dynprune.data.rollouts import completed_ids
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample, run_queries
 from dynprune.evaluation.latency import Chooser, Timing, time_rows
 from dynprune.evaluation.machine import describe_machine, versions
+from dynprune.evaluation.risk_control import fewest_queries, last_controlled
 from dynprune.evaluation.static_search import greedy_static_sets
 from dynprune.metrics.scores import mean_scores
+from dynprune.router.budget import bonus_for_mean, same_count, with_bonus
 from dynprune.slm.prompt_states import PromptStates
 from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.explore import explore
 from dynprune.stages.progress import track
-from dynprune.stages.router import chooser, router
+from dynprune.stages.router import TrainedRouter, router, router_layers, trained_router
 from dynprune.stages.run import Run, digest, once_a_run, plain
 
 VERSION = 1
 log = logging.getLogger(__name__)
+# The score that says whether an answer is right, for the guarantee.
+_RIGHT_BY = "ast_match"
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,16 @@ class Row:
         name: Its name.
         choose: What gives the configuration for a query.
         origin: The fingerprint, or the layers, that the configurations come from.
-        uses_router: Whether choosing costs a pass of the router.
+        router_layers: What choosing costs, in layers of the SLM.
     """
 
     name: str
     choose: Chooser
     origin: str
-    uses_router: bool
+    router_layers: float = 0.0
+
+
+_ORIGINAL = Row("original", lambda query: (), "[]")
 
 
 @dataclass(frozen=True)
@@ -120,18 +129,80 @@ def train_routers(run: Run) -> dict[str, Artifact]:
 
 def _rows(run: Run) -> list[Row]:
     settings = run.config.evaluation
-    rows = [Row("original", lambda query: (), "[]", uses_router=False)]
+    rows = [_ORIGINAL]
     if settings.pruned_layers is not None:
         layers = sorted(set(settings.pruned_layers))
-        return [*rows, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers), uses_router=False)]
+        return [*rows, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
     if settings.static:
         sets = json.loads((static_sets(run).folder / "sets.json").read_text(encoding="utf-8"))
         for size in settings.static:
             layers = sets[str(size)]["layers"]
-            rows.append(Row(f"static-{size}", _always(layers), str(layers), uses_router=False))
+            rows.append(Row(f"static-{size}", _always(layers), str(layers)))
     for name, artifact in train_routers(run).items():
-        rows.append(Row(f"router-{name}", chooser(run, artifact), artifact.fingerprint, uses_router=True))
+        rows += _router_rows(run, f"router-{name}", artifact)
     return rows
+
+
+def _router_rows(run: Run, name: str, artifact: Artifact) -> list[Row]:
+    """A router's own row, one for each budget, and that of the largest budget that is safe."""
+    settings = run.config.evaluation
+    trained = trained_router(run, artifact)
+    own = Row(name, trained.chooser(), artifact.fingerprint, router_layers(run))
+    budgets = [_budget_row(run, own, trained, budget) for budget in sorted(settings.budgets)]
+    if settings.guarantee is None:
+        return [own, *budgets]
+    if not budgets:
+        raise ValueError("evaluation.guarantee needs budgets to choose from; set evaluation.budgets, for example [0,0.1,0.2]")
+    safe = last_controlled(_lost(run, budgets), settings.guarantee.loss, settings.guarantee.confidence)
+    log.info("%s: the largest safe budget is that of %s", name, safe.name if safe else "no row, so the full SLM runs")
+    return [own, *budgets, replace(safe or _ORIGINAL, name=f"{name}@safe")]
+
+
+def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float) -> Row:
+    """The row of a router that is told which nominal speedup to reach."""
+    layers = budget * run.slm.num_layers + own.router_layers
+    if not 0 <= layers <= trained.policy.k_max:
+        raise ValueError(
+            f"evaluation.budgets: a nominal speedup of {budget:g} needs {layers:g} pruned layers, the router's cost included, "
+            f"but {own.name} prunes 0 to {trained.policy.k_max}; lower the budget, or raise router.k_max"
+        )
+    rule = run.config.evaluation.budget_rule
+    if rule == "same":
+        k = round(layers)
+        count, told = same_count(k), f"k={k}"
+    elif rule == "mean":
+        explored, _ = _validation_queries(run)
+        bonus = bonus_for_mean(torch.cat([trained.policy.log_p_count(trained.outputs(query)) for query in explored]), layers)
+        count, told = with_bonus(bonus), f"bonus={bonus!r}"
+    else:
+        raise ValueError(f"evaluation.budget_rule={rule!r} is unknown; allowed: same, mean")
+    return replace(own, name=f"{own.name}@{budget:g}", choose=trained.chooser(count), origin=f"{own.origin} {told}")
+
+
+def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
+    """Which held-back queries the full SLM gets right and a row wrong; a row is run when it is asked for."""
+    _, held_back = _validation_queries(run)
+    settings = run.config.evaluation.guarantee
+    if len(held_back) < (fewest := fewest_queries(settings.loss, settings.confidence)):
+        raise ValueError(
+            f"evaluation.guarantee: a loss of {settings.loss} with confidence {settings.confidence} can be guaranteed by "
+            f"{fewest} validation queries at least, but only {len(held_back)} are left that the router's training did not see; "
+            "lower exploration.max_validation_queries, raise data.splits.validation, or allow a larger loss"
+        )
+    states = PromptStates(run.shared_bytes)
+    originals = _run_row(run, _ORIGINAL, held_back, {}, states)
+    drafts = {sample.id: sample.token_ids for sample in originals}
+    for row in rows:
+        samples = _run_row(run, row, held_back, drafts, states)
+        pairs = zip(originals, samples, strict=True)
+        yield row, [full.scores[_RIGHT_BY] == 1 and pruned.scores[_RIGHT_BY] < 1 for full, pruned in pairs]
+
+
+def _validation_queries(run: Run) -> tuple[list[Query], list[Query]]:
+    """The explored validation queries, and the others: those have chosen checkpoints, so a guarantee must not rest on them."""
+    explored = completed_ids(explore(run, "validation").folder)
+    queries = run.queries("validation", None, "evaluation.guarantee")
+    return [query for query in queries if query.id in explored], [query for query in queries if query.id not in explored]
 
 
 def _always(layers: Sequence[int]) -> Callable[[Query], Sequence[int]]:
@@ -148,7 +219,7 @@ def _run_row(
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
     }
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
-    if row.name == "original":
+    if row.origin == _ORIGINAL.origin:
         # Without pruning there is nothing that adapters could change.
         adapters_artifact, upstream = None, {}
     position_of = {query.id: position for position, query in enumerate(queries)}
