@@ -22,9 +22,14 @@ from dynprune.methods.losses import (
 )
 from dynprune.router.encoder import TextEncoder
 from dynprune.router.policies import ConditionalBernoulliPolicy, ValuePolicy
+from dynprune.router.ratio import CategoricalRatio, NormalRatio
 from dynprune.router.router import Router
 
 L = 10
+
+
+def normal(mu: torch.Tensor) -> NormalRatio:
+    return NormalRatio(mu, torch.full_like(mu, -4.0))
 
 
 def log_probs(seed: int = 0, batch: int = 16) -> list[torch.Tensor]:
@@ -40,19 +45,27 @@ def log_sigmoid(x: np.ndarray) -> np.ndarray:
 def test_fbc_ratio_term_aims_at_the_middle_or_at_the_edge_of_the_bucket(ratio_target: RatioTarget, target: float) -> None:
     mask = torch.zeros(1, L, dtype=torch.bool)
     mask[0, [1, 4]] = True
-    terms = fbc_loss(torch.tensor([0.6]), torch.zeros(1, L), mask, alpha=0.0, ratio_target=ratio_target)
+    terms = fbc_loss(normal(torch.tensor([0.6])), torch.zeros(1, L), mask, alpha=0.0, ratio_target=ratio_target)
     assert terms.loss_B.item() == pytest.approx((0.6 - target) ** 2)
 
 
 def test_fbc_by_hand_with_bce_and_with_mse() -> None:
     logits = torch.tensor([[math.log(3.0), -math.log(4.0)]])  # scores 3/4 and 1/5
     mask = torch.tensor([[True, False]])
-    bce = fbc_loss(torch.tensor([0.5]), logits, mask, alpha=0.3, layer_loss="bce")
-    mse = fbc_loss(torch.tensor([0.5]), logits, mask, alpha=0.3, layer_loss="mse", ratio_target="edge")
+    bce = fbc_loss(normal(torch.tensor([0.5])), logits, mask, alpha=0.3, layer_loss="bce")
+    mse = fbc_loss(normal(torch.tensor([0.5])), logits, mask, alpha=0.3, layer_loss="mse", ratio_target="edge")
     assert bce.layer_loss_B.item() == pytest.approx(-(math.log(0.75) + math.log(0.8)) / 2)
     assert bce.ratio_loss_B.item() == pytest.approx(0.25**2)
     assert bce.loss_B.item() == pytest.approx(0.25**2 - 0.3 * (math.log(0.75) + math.log(0.8)) / 2)
     assert mse.loss_B.item() == pytest.approx(0.3 * (0.25**2 + 0.2**2) / 2)
+
+
+def test_fbc_of_a_categorical_ratio_is_its_negative_log_likelihood_of_k_by_hand() -> None:
+    ratio = CategoricalRatio(torch.tensor([[0.0, math.log(2.0), math.log(5.0)]]))  # 1/8, 2/8 and 5/8
+    mask = torch.tensor([[True, False]])
+    terms = fbc_loss(ratio, torch.tensor([[math.log(3.0), -math.log(4.0)]]), mask, alpha=0.3)
+    assert terms.ratio_loss_B.item() == pytest.approx(math.log(4))
+    assert terms.loss_B.item() == pytest.approx(math.log(4) - 0.3 * (math.log(0.75) + math.log(0.8)) / 2)
 
 
 def test_fbc_has_its_minimum_where_the_mode_prunes_the_rollouts_layers() -> None:
@@ -62,7 +75,7 @@ def test_fbc_has_its_minimum_where_the_mode_prunes_the_rollouts_layers() -> None
     optimizer = torch.optim.SGD([mu, logits], lr=0.3)
     for _ in range(200):
         optimizer.zero_grad()
-        fbc_loss(mu, logits, mask, alpha=1.0).loss_B.sum().backward()
+        fbc_loss(normal(mu), logits, mask, alpha=1.0).loss_B.sum().backward()
         optimizer.step()
     assert mu.item() == pytest.approx(3.5 / 6, abs=1e-3)
     assert torch.equal(logits > 0, mask)
@@ -235,7 +248,7 @@ def test_fbc_with_focal_factor_and_class_weights_is_the_papers_loss(gamma: float
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, L, generator=generator)
     mask = torch.rand(4, L, generator=generator) < 0.3
-    terms = fbc_loss(torch.zeros(4), logits, mask, alpha=1.0, class_weights=(1.5, 0.5), focal_gamma=gamma)
+    terms = fbc_loss(normal(torch.zeros(4)), logits, mask, alpha=1.0, class_weights=(1.5, 0.5), focal_gamma=gamma)
     weighted = focal(logits.double().numpy(), mask.numpy(), gamma) * np.where(mask.numpy(), 1.5, 0.5)
     np.testing.assert_allclose(terms.layer_loss_B, weighted.mean(axis=1), rtol=1e-5)
 
@@ -243,7 +256,7 @@ def test_fbc_with_focal_factor_and_class_weights_is_the_papers_loss(gamma: float
 def test_the_focal_factor_has_finite_slopes_where_a_score_is_certain() -> None:
     logits = torch.tensor([[200.0, -200.0, 200.0, -200.0]], requires_grad=True)
     mask = torch.tensor([[True, False, False, True]])
-    fbc_loss(torch.zeros(1), logits, mask, alpha=1.0, focal_gamma=0.5).loss_B.sum().backward()
+    fbc_loss(normal(torch.zeros(1)), logits, mask, alpha=1.0, focal_gamma=0.5).loss_B.sum().backward()
     assert logits.grad is not None
     # Right ones teach nothing; wrong ones, at full weight, what BCE teaches.
     np.testing.assert_allclose(logits.grad, [[0.0, 0.0, 0.25, -0.25]], atol=1e-6)
@@ -275,7 +288,7 @@ def test_gradients_are_the_finite_differences_of_the_published_formulas() -> Non
             lambda x: -expit(rejected) * log_sigmoid(x + 6) - (1 - expit(rejected)) * log_sigmoid(-x - 6),
         ),
         "focal": (
-            fbc_loss(torch.zeros(16), logp[:, None] + 6, pruned, alpha=1.0, focal_gamma=2.0).loss_B,
+            fbc_loss(normal(torch.zeros(16)), logp[:, None] + 6, pruned, alpha=1.0, focal_gamma=2.0).loss_B,
             lambda x: focal(x + 6, np.ones(16, dtype=bool), 2.0),
         ),
     }
@@ -351,7 +364,7 @@ def test_losses_are_computed_in_float32_from_half_precision() -> None:
     assert simpo_loss(logp, logp, num_layers=L, beta=2.0, gamma=1.0).loss_B.dtype == torch.float32
     assert kto_loss(logp, logp, logp, torch.tensor([True]), beta=0.1).loss_B.dtype == torch.float32
     assert awr_loss(logp, logp, beta=0.2, max_weight=20.0).loss_B.dtype == torch.float32
-    heads = torch.tensor([0.5]).bfloat16(), torch.zeros(1, 4).bfloat16()
+    heads = normal(torch.tensor([0.5]).bfloat16()), torch.zeros(1, 4).bfloat16()
     assert fbc_loss(*heads, torch.zeros(1, 4, dtype=torch.bool), alpha=1.0).loss_B.dtype == torch.float32
 
 
@@ -367,7 +380,7 @@ def preference_loss(name: str, router: Router, features: dict[str, torch.Tensor]
     heads = router(router.encode(features))
     winners = torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 1]], dtype=torch.bool)
     losers = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    fbc = fbc_loss(heads.mu_B, heads.layer_logits_BL, winners, alpha=0.5, ratio_target="edge", layer_loss="mse")
+    fbc = fbc_loss(heads.ratio, heads.layer_logits_BL, winners, alpha=0.5, ratio_target="edge", layer_loss="mse")
     if name == "fbc":
         return fbc.loss_B
     logp_w, logp_l = policy.log_prob(heads, winners), policy.log_prob(heads, losers)

@@ -83,7 +83,7 @@ def test_a_row_is_timed_by_its_own_way_of_decoding_with_what_its_chooser_says(ma
     rows = {
         "original": TimedRow(lambda query: ()),
         "own": TimedRow(lambda query: (int(query.id),), decode),
-        "lossless": timed_row(Row("lossless", lambda query: (0, 1), "", uses_router=False, drafting=DRAFTING)),
+        "lossless": timed_row(Row("lossless", lambda query: (0, 1), "", drafting=DRAFTING)),
     }
     with LayerPruner(slm) as pruner:
         timings = list(time_rows(slm, pruner, asked, prompts, [7, 1], rows, warmup=0, seed=0))
@@ -110,9 +110,9 @@ def test_decoding_under_a_configuration_yields_what_transformers_generates(make_
 
 
 ROWS = [
-    Row("original", lambda query: (), "[]", uses_router=False),
-    Row("static-2", lambda query: (1, 2), "[1, 2]", uses_router=False),
-    Row("router-dpo", lambda query: (3,), "abc", uses_router=True),
+    Row("original", lambda query: (), "[]"),
+    Row("static-2", lambda query: (1, 2), "[1, 2]"),
+    Row("router-dpo", lambda query: (3,), "abc", router_layers=1.0),
 ]
 
 
@@ -131,7 +131,7 @@ def test_rows_draft_with_look_up_with_layers_or_with_what_another_row_chooses():
     )
     assert [row.name for row in rows] == ["lossless-lookup", "lossless-deep", "lossless-static", "lossless-router"]
     assert [tuple(row.choose(None)) for row in rows] == [(), (1, 3), (1, 2), (3,)]
-    assert [row.uses_router for row in rows] == [False, False, False, True]
+    assert [row.router_layers for row in rows] == [0, 0, 0, 1]
     assert [row.drafting.lookup for row in rows] == [True, False, True, True]
     assert [row.drafting.draft_tokens for row in rows] == [5, 5, 5, 2]
     # What a row is made from identifies its artifact.

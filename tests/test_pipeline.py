@@ -214,6 +214,61 @@ def test_lossless_rows_have_the_originals_answers_and_are_timed_with_the_others(
     assert not [c for c in table["comparisons"] if c["row"].startswith("lossless")]
 
 
+def table_of(folder: Path, name: str) -> dict[str, dict]:
+    rows = json.loads((folder / f"outputs/{name}/report/table.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}
+
+
+def pruned_by(folder: Path, name: str, row: str) -> list[tuple[int, ...]]:
+    lines = (folder / f"outputs/{name}/report/samples/{row}.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)["pruned_layers"]) for line in lines]
+
+
+def test_a_router_without_input_prunes_the_same_layers_for_all_and_costs_nothing(tiny):
+    folder, _ = tiny
+    # The encoder is never loaded: its name may be anything.
+    dynprune(
+        folder,
+        "experiment=tiny",
+        "name=constant",
+        "router=constant",
+        "router.encoder.name_or_path=absent",
+        "evaluation.budgets=[0.5,0.25]",
+        "evaluation.budget_rule=mean",
+        "evaluation.guarantee={loss:0.5,confidence:0.8}",
+    )
+    rows = table_of(folder, "constant")
+    assert list(rows)[-4:] == ["router-dpo", "router-dpo@0.25", "router-dpo@0.5", "router-dpo@safe"]
+    for name in list(rows)[-4:]:
+        [layers] = set(pruned_by(folder, "constant", name))
+        assert rows[name]["nominal_speedup"] == len(layers) / 4
+    # One k for all: the mean meets the budget exactly, the larger set holds the smaller one.
+    [[quarter], [half]] = (set(pruned_by(folder, "constant", f"router-dpo@{budget}")) for budget in (0.25, 0.5))
+    assert (len(quarter), len(half)) == (1, 2)
+    assert set(quarter) < set(half)
+    # The full SLM is never right, so nothing is ever lost, and the largest budget is safe.
+    assert pruned_by(folder, "constant", "router-dpo@safe") == pruned_by(folder, "constant", "router-dpo@0.5")
+
+
+def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_only_later_ones(tiny):
+    folder, _ = tiny
+    dynprune(
+        folder,
+        "experiment=tiny",
+        "name=states",
+        "router=slm_states",
+        "router.slm_layers=2",
+        "router.ratio=categorical",
+        "method=fbc",
+        "method.min_score=-10",
+        "evaluation.budgets=[0]",
+    )
+    rows = table_of(folder, "states")
+    assert set(pruned_by(folder, "states", "router-fbc@0")) == {(2, 3)}
+    assert rows["router-fbc@0"]["nominal_speedup"] == 0
+    assert all(set(layers) <= {2, 3} for layers in pruned_by(folder, "states", "router-fbc"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -224,6 +279,14 @@ def test_lossless_rows_have_the_originals_answers_and_are_timed_with_the_others(
         (["evaluation.pruned_layers=[4]"], "has layers 0 to 3, but [4]"),
         (["exploration.max_queries=0"], "exploration.max_queries=0 leaves no query"),
         (["model.architecture=nonsense"], "model.architecture='nonsense'"),
+        (["router.ratio=odd"], "router.ratio='odd' is unknown; allowed: normal, categorical"),
+        (["router=slm_states", "router.slm_layers=2", "router.prunable_layers=[1,3]"], "allowed: layers from 2 on"),
+        (["evaluation.budgets=[0.9]"], "a nominal speedup of 0.9 needs 4.6 pruned layers"),
+        (["evaluation.guarantee={loss:0.1,confidence:0.9}"], "evaluation.guarantee needs budgets"),
+        (
+            ["evaluation.budgets=[0]", "evaluation.guarantee={loss:0.1,confidence:0.9}"],
+            "by 22 validation queries at least",
+        ),
         (["method.start=fbc"], "method.start=fbc is no method"),
         (["router.policy=value"], "type method=value"),
         (["data.only.categories=simple_python"], "type data.only.categories=[simple_python]"),

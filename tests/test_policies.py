@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from dynprune.router.budget import same_count
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import (
     ConditionalBernoulliPolicy,
@@ -19,6 +20,7 @@ from dynprune.router.policies import (
     ValuePolicy,
     build_policy,
 )
+from dynprune.router.ratio import CategoricalRatio, NormalRatio
 
 # Log π is the sum of the ratio head's log P(k) and the policy's own log P(y | k).
 OF_RATIO = [ConditionalBernoulliPolicy, PlackettLucePolicy, GumbelPolicy, SinkhornPolicy]
@@ -28,12 +30,19 @@ ALL = [*OF_RATIO, VALUE]
 
 
 def outputs(
-    batch: int, num_layers: int, scale: float = 1.5, dtype: torch.dtype = torch.float64, seed: int = 0
+    batch: int,
+    num_layers: int,
+    scale: float = 1.5,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    num_counts: int | None = None,
 ) -> RouterOutputs:
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(batch, num_layers, dtype=dtype, generator=generator)
+    if num_counts is not None:
+        return RouterOutputs(logits, CategoricalRatio(torch.randn(batch, num_counts, dtype=dtype, generator=generator)))
     mu = 0.1 + 0.8 * torch.rand(batch, dtype=dtype, generator=generator)
-    return RouterOutputs(logits, mu, torch.full((batch,), math.log(0.2), dtype=dtype))
+    return RouterOutputs(logits, NormalRatio(mu, torch.full((batch,), math.log(0.2), dtype=dtype)))
 
 
 def all_masks(num_layers: int) -> torch.Tensor:
@@ -41,15 +50,15 @@ def all_masks(num_layers: int) -> torch.Tensor:
 
 
 def one_row(heads: RouterOutputs, row: int, copies: int = 1) -> RouterOutputs:
-    return RouterOutputs(
-        heads.layer_logits_BL[row].repeat(copies, 1),
-        heads.mu_B[row].repeat(copies),
-        heads.log_sigma_B[row].repeat(copies),
-    )
+    own = [head[row : row + 1].expand(copies, *head.shape[1:]) for head in vars(heads.ratio).values()]
+    return RouterOutputs(heads.layer_logits_BL[row].repeat(copies, 1), type(heads.ratio)(*own))
 
 
 def log_k(heads: RouterOutputs, row: int, n: int, k: int, k_max: int) -> float:
-    mu, sigma = heads.mu_B[row].item(), heads.log_sigma_B[row].exp().item()
+    if isinstance(heads.ratio, CategoricalRatio):
+        logits = heads.ratio.logits_BK[row].tolist()
+        return logits[k] - math.log(sum(map(math.exp, logits)))
+    mu, sigma = heads.ratio.mu_B[row].item(), heads.ratio.log_sigma_B[row].exp().item()
     low = -math.inf if k == 0 else k / n
     high = math.inf if k == k_max else (k + 1) / n
     return math.log(stats.norm.cdf(high, mu, sigma) - stats.norm.cdf(low, mu, sigma))
@@ -103,9 +112,10 @@ ORACLES: dict[type[Policy], Any] = {
 }
 
 
+@pytest.mark.parametrize("num_counts", [None, 7])
 @pytest.mark.parametrize("policy_class", OF_RATIO)
-def test_log_prob_agrees_with_enumeration_for_every_configuration(policy_class: type[Policy]) -> None:
-    heads, masks = outputs(2, 6), all_masks(6)
+def test_log_prob_agrees_with_enumeration_for_every_configuration(policy_class: type[Policy], num_counts: int | None) -> None:
+    heads, masks = outputs(2, 6, num_counts=num_counts), all_masks(6)
     for row in range(2):
         logits = heads.layer_logits_BL[row].numpy()
         found = policy_class(6).log_prob(one_row(heads, row, len(masks)), masks)
@@ -136,22 +146,21 @@ def test_the_clock_integral_holds_for_thirty_layers_even_where_the_worst_are_dra
     logits = torch.zeros(1, 30, dtype=torch.float64)
     logits[0, :k] = -25.0
     mask = torch.arange(30)[None, :] < k
-    heads = RouterOutputs(logits, torch.tensor([0.5]).double(), torch.tensor([-3.0]).double())
+    heads = RouterOutputs(logits, NormalRatio(torch.tensor([0.5]).double(), torch.tensor([-3.0]).double()))
     policy = PlackettLucePolicy(30)
-    found = policy.log_prob(heads, mask) - policy.log_prob(
-        RouterOutputs(torch.zeros_like(logits), heads.mu_B, heads.log_sigma_B), mask
-    )
+    found = policy.log_prob(heads, mask) - policy.log_prob(RouterOutputs(torch.zeros_like(logits), heads.ratio), mask)
     uniform = -math.log(math.comb(30, k))
     expected = math.lgamma(k + 1) - k * (25 + math.log(30 - k))
     assert found.item() + uniform == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"k_max": 3}, {"prunable_layers": [1, 2, 5, 6], "k_max": 3}])
+@pytest.mark.parametrize("categorical", [False, True])
 @pytest.mark.parametrize("policy_class", NORMALISED)
-def test_probabilities_sum_to_one(policy_class: type[Policy], settings: dict[str, Any]) -> None:
+def test_probabilities_sum_to_one(policy_class: type[Policy], categorical: bool, settings: dict[str, Any]) -> None:
     masks = all_masks(8)
     for dtype, atol in ((torch.float32, 2e-5), (torch.float64, 1e-6)):
-        heads = outputs(3, 8, dtype=dtype)
+        heads = outputs(3, 8, dtype=dtype, num_counts=settings.get("k_max", 8) + 1 if categorical else None)
         for row in range(3):
             log_p = policy_class(8, **settings).log_prob(one_row(heads, row, len(masks)), masks)
             assert log_p.logsumexp(dim=0).item() == pytest.approx(0, abs=atol)
@@ -207,7 +216,7 @@ def test_impossible_configurations_have_log_prob_minus_infinity_and_no_gradient(
 def test_a_policy_on_some_layers_is_the_policy_of_an_slm_that_has_only_those(policy_class: type[Policy]) -> None:
     layers = [0, 2, 3, 6]
     heads = outputs(16, 7)
-    small = RouterOutputs(heads.layer_logits_BL[:, layers], heads.mu_B, heads.log_sigma_B)
+    small = RouterOutputs(heads.layer_logits_BL[:, layers], heads.ratio)
     masks = torch.zeros(16, 7, dtype=torch.bool)
     masks[:, layers] = all_masks(4)
     part, whole = policy_class(7, prunable_layers=layers, k_max=3), policy_class(4, k_max=3)
@@ -238,15 +247,17 @@ def chi_square_p_value(masks: torch.Tensor, policy: Policy, heads: RouterOutputs
     return float(stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue)
 
 
+@pytest.mark.parametrize("num_counts", [None, 6])
 @pytest.mark.parametrize("policy_class", ALL)
-def test_samples_are_as_frequent_as_log_prob_says(policy_class: type[Policy]) -> None:
-    heads, policy = outputs(1, 5), policy_class(5)
+def test_samples_are_as_frequent_as_log_prob_says(policy_class: type[Policy], num_counts: int | None) -> None:
+    heads, policy = outputs(1, 5, num_counts=num_counts), policy_class(5)
     masks = policy.sample(one_row(heads, 0, 40_000), torch.Generator().manual_seed(11))
     assert chi_square_p_value(masks, policy, heads) > 1e-3
 
 
-def test_straight_through_samples_are_hard_and_as_frequent_as_log_prob_says() -> None:
-    heads, policy = outputs(1, 5), GumbelPolicy(5)
+@pytest.mark.parametrize("num_counts", [None, 6])
+def test_straight_through_samples_are_hard_and_as_frequent_as_log_prob_says(num_counts: int | None) -> None:
+    heads, policy = outputs(1, 5, num_counts=num_counts), GumbelPolicy(5)
     masks = policy.relaxed_sample(one_row(heads, 0, 40_000), 0.5, torch.Generator().manual_seed(2))
     assert set(masks.unique().tolist()) == {0.0, 1.0}
     assert chi_square_p_value(masks, policy, heads) > 1e-3
@@ -254,7 +265,7 @@ def test_straight_through_samples_are_hard_and_as_frequent_as_log_prob_says() ->
 
 def test_straight_through_samples_have_a_gradient_in_all_three_heads() -> None:
     heads = outputs(6, 8, dtype=torch.float32)
-    for head in (heads.layer_logits_BL, heads.mu_B, heads.log_sigma_B):
+    for head in (heads.layer_logits_BL, heads.ratio.mu_B, heads.ratio.log_sigma_B):
         head.requires_grad_()
     policy = GumbelPolicy(8, prunable_layers=[1, 2, 3, 4, 5, 6])
     masks = policy.relaxed_sample(heads, 0.5, torch.Generator().manual_seed(0))
@@ -265,10 +276,21 @@ def test_straight_through_samples_have_a_gradient_in_all_three_heads() -> None:
     assert logits_gradient.isfinite().all()
     assert (logits_gradient[:, [0, 7]] == 0).all()
     assert logits_gradient[:, 1:7].abs().sum() > 0
-    assert heads.mu_B.grad is not None
-    assert (heads.mu_B.grad > 0).any()
-    assert heads.log_sigma_B.grad is not None
-    assert (heads.log_sigma_B.grad != 0).any()
+    assert heads.ratio.mu_B.grad is not None
+    assert (heads.ratio.mu_B.grad > 0).any()
+    assert heads.ratio.log_sigma_B.grad is not None
+    assert (heads.ratio.log_sigma_B.grad != 0).any()
+
+
+def test_straight_through_samples_have_a_gradient_in_the_logits_of_a_categorical() -> None:
+    heads = outputs(6, 8, dtype=torch.float32, num_counts=9)
+    heads.ratio.logits_BK.requires_grad_()
+    masks = GumbelPolicy(8).relaxed_sample(heads, 0.5, torch.Generator().manual_seed(0))
+    (masks * torch.arange(8.0) ** 2).sum().backward()
+    gradient = heads.ratio.logits_BK.grad
+    assert gradient.isfinite().all()
+    # To prune more costs more: the largest k is the one to avoid, and its logit the one to lower.
+    assert (gradient[:, -1] > 0).all()
 
 
 def test_a_temperature_that_is_not_positive_is_refused() -> None:
@@ -276,9 +298,12 @@ def test_a_temperature_that_is_not_positive_is_refused() -> None:
         GumbelPolicy(4).relaxed_sample(outputs(1, 4), 0.0)
 
 
+@pytest.mark.parametrize("num_counts", [None, 5])
 @pytest.mark.parametrize("policy_class", OF_RATIO)
-def test_the_mode_is_the_likeliest_configuration_of_the_likeliest_size(policy_class: type[Policy]) -> None:
-    heads, masks, policy = outputs(5, 6), all_masks(6), policy_class(6, k_max=4)
+def test_the_mode_is_the_likeliest_configuration_of_the_likeliest_size(
+    policy_class: type[Policy], num_counts: int | None
+) -> None:
+    heads, masks, policy = outputs(5, 6, num_counts=num_counts), all_masks(6), policy_class(6, k_max=4)
     modes = policy.mode(heads)
     for row in range(5):
         k = max(range(5), key=lambda k: log_k(heads, row, 6, k, 4))
@@ -306,12 +331,12 @@ def test_the_value_policy_finds_the_deepest_configuration_that_is_predicted_to_b
 ) -> None:
     heads, masks, policy = outputs(40, 8), all_masks(8), ValuePolicy(8, **settings, min_reward=min_reward)
     # From queries that bear hardly any pruning to queries that bear nearly all.
-    heads = RouterOutputs(heads.layer_logits_BL + torch.linspace(-3, 2, 40)[:, None], heads.mu_B, heads.log_sigma_B)
+    heads = RouterOutputs(heads.layer_logits_BL + torch.linspace(-3, 2, 40)[:, None], heads.ratio)
     candidates = masks[policy.allows(masks)].numpy()
     modes = policy.mode(heads).numpy()
     sizes = []
     for row in range(40):
-        mu = heads.mu_B[row].item()
+        mu = heads.ratio.mu_B[row].item()
         logit = math.log(mu / (1 - mu)) + candidates @ heads.layer_logits_BL[row].numpy()
         reward = 1 / (1 + np.exp(-logit))
         np.testing.assert_allclose(
@@ -326,12 +351,13 @@ def test_the_value_policy_finds_the_deepest_configuration_that_is_predicted_to_b
 
 
 def test_a_mean_that_rounds_to_one_still_gives_a_finite_reward() -> None:
-    heads = RouterOutputs(torch.zeros(2, 3), torch.tensor([0.0, 1.0], requires_grad=True), torch.full((2,), -5.0))
+    ratio = NormalRatio(torch.tensor([0.0, 1.0], requires_grad=True), torch.full((2,), -5.0))
+    heads = RouterOutputs(torch.zeros(2, 3), ratio)
     logits = ValuePolicy(3, min_reward=0.5).reward_logits(heads, torch.zeros(2, 3, dtype=torch.bool))
     logits.sum().backward()
     assert logits.isfinite().all()
-    assert heads.mu_B.grad is not None
-    assert heads.mu_B.grad.isfinite().all()
+    assert ratio.mu_B.grad is not None
+    assert ratio.mu_B.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("min_reward", [0.0, 1.0, -1.0])
@@ -341,12 +367,20 @@ def test_a_reward_that_every_or_no_prediction_reaches_is_refused_by_its_key(min_
 
 
 @pytest.mark.parametrize("policy_class", ALL)
+def test_the_mode_under_a_budget_is_the_likeliest_configuration_of_its_size(policy_class: type[Policy]) -> None:
+    heads, masks, policy = outputs(5, 6), all_masks(6), policy_class(6, k_max=4)
+    candidates = masks[masks.sum(dim=1) == 3]
+    for row, mode in enumerate(policy.mode(heads, same_count(3))):
+        assert torch.equal(mode, candidates[policy.log_prob(one_row(heads, row, len(candidates)), candidates).argmax()])
+
+
+@pytest.mark.parametrize("policy_class", ALL)
 def test_gradients_of_log_prob_are_right(policy_class: type[Policy]) -> None:
     heads = outputs(4, 5)
     masks = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 1, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    inputs = tuple(head.clone().requires_grad_() for head in (heads.layer_logits_BL, heads.mu_B, heads.log_sigma_B))
+    inputs = tuple(head.clone().requires_grad_() for head in (heads.layer_logits_BL, heads.ratio.mu_B, heads.ratio.log_sigma_B))
     policy = policy_class(5)
-    assert torch.autograd.gradcheck(lambda *h: policy.log_prob(RouterOutputs(*h), masks), inputs)
+    assert torch.autograd.gradcheck(lambda *h: policy.log_prob(RouterOutputs(h[0], NormalRatio(h[1], h[2])), masks), inputs)
 
 
 @pytest.mark.parametrize("policy_class", ALL)
@@ -364,7 +398,7 @@ def test_a_row_alone_is_the_row_in_its_batch(policy_class: type[Policy]) -> None
 @pytest.mark.parametrize("policy_class", ALL)
 def test_extreme_heads_give_finite_values_and_gradients_in_float32(policy_class: type[Policy]) -> None:
     logits = torch.linspace(-60, 60, 30).repeat(31, 1).requires_grad_()
-    heads = RouterOutputs(logits, torch.full((31,), 0.01), torch.full((31,), -7.0))
+    heads = RouterOutputs(logits, NormalRatio(torch.full((31,), 0.01), torch.full((31,), -7.0)))
     masks = torch.arange(30)[None, :] < torch.arange(31)[:, None]
     # Anomaly detection also refuses a NaN that a later step would have multiplied away.
     with torch.autograd.set_detect_anomaly(True, check_nan=True):
@@ -378,8 +412,10 @@ def test_extreme_heads_give_finite_values_and_gradients_in_float32(policy_class:
 @pytest.mark.parametrize("policy_class", ALL)
 def test_half_precision_heads_are_computed_in_float32(policy_class: type[Policy]) -> None:
     heads = outputs(2, 6, dtype=torch.float32)
-    half = RouterOutputs(heads.layer_logits_BL.bfloat16(), heads.mu_B.bfloat16(), heads.log_sigma_B.bfloat16())
-    full = RouterOutputs(half.layer_logits_BL.float(), half.mu_B.float(), half.log_sigma_B.float())
+    half = RouterOutputs(
+        heads.layer_logits_BL.bfloat16(), NormalRatio(heads.ratio.mu_B.bfloat16(), heads.ratio.log_sigma_B.bfloat16())
+    )
+    full = RouterOutputs(half.layer_logits_BL.float(), NormalRatio(half.ratio.mu_B.float(), half.ratio.log_sigma_B.float()))
     mask = all_masks(6)[[5, 40]]
     found = policy_class(6).log_prob(half, mask)
     assert found.dtype == torch.float32

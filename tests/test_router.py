@@ -64,7 +64,7 @@ def test_a_frozen_encoder_stays_in_evaluation_mode_and_gets_no_gradient() -> Non
 def test_a_trainable_encoder_follows_its_parents_mode_and_gets_gradients() -> None:
     router = tiny_router(trainable=True).train()
     assert all(module.training for module in router.encoder.model.modules())
-    router(router.encode(router.encoder.tokenize(TEXTS))).mu_B.sum().backward()
+    router(router.encode(router.encoder.tokenize(TEXTS))).ratio.mu_B.sum().backward()
     gradients = [parameter.grad for parameter in router.encoder.parameters()]
     assert all(gradient is not None for gradient in gradients)
     assert not any(module.training for module in router.eval().encoder.model.modules())
@@ -93,9 +93,9 @@ def test_the_heads_are_the_thesis_formulas() -> None:
     ratio = linear("ratio_hidden", embedding).clamp(min=0)
     outputs = router(embedding)
     torch.testing.assert_close(outputs.layer_logits_BL, linear("layers_score", hidden))
-    torch.testing.assert_close(outputs.mu_B, 1 / (1 + torch.exp(-linear("ratio_mu", ratio)[:, 0])))
+    torch.testing.assert_close(outputs.ratio.mu_B, 1 / (1 + torch.exp(-linear("ratio_mu", ratio)[:, 0])))
     tanh = linear("ratio_log_std", ratio)[:, 0].tanh()
-    torch.testing.assert_close(outputs.log_sigma_B, -7 + 0.5 * 4 * (tanh + 1))
+    torch.testing.assert_close(outputs.ratio.log_sigma_B, -7 + 0.5 * 4 * (tanh + 1))
 
 
 def test_log_sigma_stays_in_its_bounds_and_reaches_them_smoothly() -> None:
@@ -104,7 +104,7 @@ def test_log_sigma_stays_in_its_bounds_and_reaches_them_smoothly() -> None:
         router.ratio_log_std.weight.zero_()
         for bias, expected in ((-50.0, -6.0), (0.0, -4.0), (50.0, -2.0)):
             router.ratio_log_std.bias.fill_(bias)
-            assert router(torch.randn(2, 32)).log_sigma_B.tolist() == pytest.approx([expected] * 2)
+            assert router(torch.randn(2, 32)).ratio.log_sigma_B.tolist() == pytest.approx([expected] * 2)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-3.0, -7.0), (-3.0, -3.0)])
@@ -118,8 +118,8 @@ def test_the_heads_keep_their_precision_under_autocast() -> None:
     embedding = torch.randn(3, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = router(embedding)
-    assert outputs.mu_B.dtype == torch.float32
-    assert torch.equal(outputs.mu_B, router(embedding).mu_B)
+    assert outputs.ratio.mu_B.dtype == torch.float32
+    assert torch.equal(outputs.ratio.mu_B, router(embedding).ratio.mu_B)
 
 
 def test_a_query_alone_gets_what_it_gets_in_a_batch() -> None:
@@ -128,18 +128,18 @@ def test_a_query_alone_gets_what_it_gets_in_a_batch() -> None:
     for i, text in enumerate(TEXTS):
         alone = router(router.encode(router.encoder.tokenize([text])))
         torch.testing.assert_close(alone.layer_logits_BL[0], together.layer_logits_BL[i], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(alone.mu_B[0], together.mu_B[i])
+        torch.testing.assert_close(alone.ratio.mu_B[0], together.ratio.mu_B[i])
 
 
 def test_a_copied_router_is_an_independent_reference() -> None:
     router = tiny_router(trainable=True).eval()
     reference = copy.deepcopy(router)
     features = router.encoder.tokenize(TEXTS)
-    before = reference(reference.encode(features)).mu_B
+    before = reference(reference.encode(features)).ratio.mu_B
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.add_(0.1)
-    assert torch.equal(reference(reference.encode(features)).mu_B, before)
+    assert torch.equal(reference(reference.encode(features)).ratio.mu_B, before)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -154,7 +154,7 @@ def test_a_saved_router_comes_back_with_the_same_outputs(tmp_path: Path, trainab
     features = router.encoder.tokenize(TEXTS)
     expected, found = router(router.encode(features)), loaded(loaded.encode(features))
     assert torch.equal(found.layer_logits_BL, expected.layer_logits_BL)
-    assert torch.equal(found.log_sigma_B, expected.log_sigma_B)
+    assert torch.equal(found.ratio.log_sigma_B, expected.ratio.log_sigma_B)
     assert vars(build_policy(extra["policy"])) == vars(policy)
     assert not loaded.training
     assert loaded.encoder.trainable is trainable

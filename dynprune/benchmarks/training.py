@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 from dynprune.adapters.stack import AdapterStack
 from dynprune.benchmarks.line import PRUNED, Line, in_turns
 from dynprune.data.hidden_states import HiddenStateStream
-from dynprune.data.prompts import render_router_input
 from dynprune.methods.dpo import DirectPreferenceOptimization
 from dynprune.router.inputs import RouterInputs
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import ConditionalBernoulliPolicy, SinkhornPolicy
+from dynprune.router.ratio import NormalRatio
 from dynprune.stages.router import new_policy, new_router
 from dynprune.stages.run import Run, portable_config
 
@@ -98,7 +98,7 @@ def log_prob(run: Run) -> Line:
 
     def backward(policy: ConditionalBernoulliPolicy | SinkhornPolicy, rows: slice) -> None:
         leaf = logits_BL[rows].clone().requires_grad_()
-        outputs = RouterOutputs(leaf, mu_B[rows], log_sigma_B[rows])
+        outputs = RouterOutputs(leaf, NormalRatio(mu_B[rows], log_sigma_B[rows]))
         policy.log_prob(outputs, mask_BL[rows]).sum().backward()
 
     exact, thesis = ConditionalBernoulliPolicy(num_layers), SinkhornPolicy(num_layers)
@@ -118,7 +118,7 @@ def router_step(run: Run) -> Line:
     network, policy = new_router(run), new_policy(run)
     method = DirectPreferenceOptimization(network, policy, partial(torch.optim.AdamW, lr=1e-3), 0.1, "frozen")
     optimizer = method.configure_optimizers()
-    texts = {query.id: render_router_input(query) for query in queries}
+    texts = {query.id: network.encoder.render(query) for query in queries}
     ids = [query.id for query in queries] * 4
     winner_BL = torch.zeros(len(ids), run.slm.num_layers, dtype=torch.bool)
     winner_BL[:, list(PRUNED)] = True

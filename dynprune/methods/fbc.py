@@ -1,7 +1,8 @@
 """Filtered behavioural cloning: the router imitates the successful configurations (the thesis's baseline).
 
 On the rollouts that pass the filter, with ``objective: heads`` the thesis's regression of the two heads, (μ − target)² +
-α·Σ loss(scores, mask) / L, and with ``objective: likelihood`` −log π(y|x).
+α·Σ loss(scores, mask) / L (with a categorical ratio −log P(k|x) in place of the square), and with ``objective: likelihood``
+−log π(y|x).
 """
 
 from collections.abc import Callable, Iterable
@@ -70,7 +71,7 @@ class FilteredBehaviouralCloning(RouterTraining):
             raise ValueError(f"method.module.balance_beta={balance_beta} is not allowed; allowed: from 0 to below 1, as 0.999")
         if balance_gamma < 0:
             raise ValueError(f"method.module.balance_gamma={balance_gamma} is not allowed; allowed: at least 0, as 2")
-        if objective == "heads":
+        if objective == "heads" and router.num_counts is None:
             # The equation has no σ; DDP refuses a parameter that gets no gradient.
             router.ratio_log_std.requires_grad_(False)
         self._objective = objective
@@ -92,7 +93,7 @@ class FilteredBehaviouralCloning(RouterTraining):
             logp = self.policy.log_prob(outputs, batch["mask_BL"]).mean()
             return -logp, {"logps/chosen": logp.detach()}
         terms = fbc_loss(
-            outputs.mu_B,
+            outputs.ratio,
             self.policy.restrict(outputs.layer_logits_BL),
             self.policy.restrict(batch["mask_BL"]),
             alpha=self._alpha,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynprune.router.logspace import log1mexp
+from dynprune.router.ratio import CategoricalRatio, NormalRatio, Ratio
 
 RatioTarget = Literal["middle", "edge"]
 LayerLoss = Literal["bce", "mse"]
@@ -30,7 +31,7 @@ class FbcTerms:
 
     Attributes:
         loss_B: What to minimise: ratio_loss_B + alpha·layer_loss_B.
-        ratio_loss_B: Squared error of mu, without gradient.
+        ratio_loss_B: Squared error of mu, or −log P(k|x) of a categorical ratio, without gradient.
         layer_loss_B: Mean loss over the layers, before alpha, without gradient.
     """
 
@@ -124,7 +125,7 @@ def effective_number_weights(num_pruned: int, num_kept: int, beta: float) -> tup
 
 
 def fbc_loss(
-    mu_B: Tensor,
+    ratio: Ratio,
     layer_logits_BN: Tensor,
     mask_BN: Tensor,
     *,
@@ -138,27 +139,32 @@ def fbc_loss(
 
     (mu − target)² + alpha·Σ_i loss(score_i, mask_i) / N, with k pruned layers and target (k + ½)/N
     (``middle``, the centre of the bucket that yields k) or k/N (``edge``, the thesis). The loss of a layer is
-    BCE (the thesis's text) or the squared error (its code, with alpha 0.01). Log sigma is not trained.
+    BCE (the thesis's text) or the squared error (its code, with alpha 0.01). Log sigma is not trained. A categorical
+    ratio has no mu to aim: its term is the negative log-likelihood −log P(k|x).
 
     Few layers are pruned and many are kept, so BCE can be balanced: a weight for each of the two, and the focal
     factor (1 − p)^γ of Lin et al., 2017, arXiv 1708.02002, equation 4, with p the score's probability of what the
     rollout did, which leaves the decisions to learn from that are still wrong.
 
     Args:
-        mu_B: Means of the ratio.
+        ratio: The distribution over k.
         layer_logits_BN: Layer scores before the sigmoid, of the layers that may be pruned
             (`Policy.restrict`).
         mask_BN: Their part of the configuration, True where a layer is pruned.
         alpha: Weight of the layers' term.
-        ratio_target: Where in the bucket of k to aim.
+        ratio_target: Where in the bucket of k to aim a Normal.
         layer_loss: Loss of a layer.
         class_weights: Weight of the BCE of a layer that is pruned, and of one that is not.
         focal_gamma: γ of the BCE's focal factor, at least 0; 0 for none.
     """
-    mu_B, layer_logits_BN, mask_BN = mu_B.float(), layer_logits_BN.float(), mask_BN.float()
-    offset = 0.5 if ratio_target == "middle" else 0.0
-    target_B = (mask_BN.sum(dim=1) + offset) / mask_BN.shape[1]
-    ratio_loss_B = (mu_B - target_B) ** 2
+    k_B = mask_BN.sum(dim=1)
+    layer_logits_BN, mask_BN = layer_logits_BN.float(), mask_BN.float()
+    if isinstance(ratio, CategoricalRatio):
+        ratio_loss_B = F.cross_entropy(ratio.logits_BK.float(), k_B, reduction="none")
+    else:
+        assert isinstance(ratio, NormalRatio)
+        offset = 0.5 if ratio_target == "middle" else 0.0
+        ratio_loss_B = (ratio.mu_B.float() - (k_B + offset) / mask_BN.shape[1]) ** 2
     if layer_loss == "bce":
         loss_BN = F.binary_cross_entropy_with_logits(layer_logits_BN, mask_BN, reduction="none")
         # log (1 − p): as a power of 1 − p itself, the factor of a γ below 1 would have no finite slope at p = 1.

@@ -51,7 +51,7 @@ class OddsRatioPreferenceOptimization(PreferenceTraining):
         supervised_B = None
         if self._variant == "thesis_code":
             supervised_B = fbc_loss(
-                outputs.mu_B,
+                outputs.ratio,
                 self.policy.restrict(outputs.layer_logits_BL),
                 self.policy.restrict(batch["winner_mask_BL"]),
                 alpha=0.01,

@@ -8,7 +8,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from dynprune.router.encoder import TextEncoder
+from dynprune.router.encoders import build_encoder
 from dynprune.router.router import Router
+from dynprune.slm.loading import SLM
 
 _WEIGHTS = "router.safetensors"
 _DESCRIPTION = "router.json"
@@ -18,9 +20,9 @@ _ENCODER = "encoder."
 def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:
     """Writes a router, replacing the one in the folder.
 
-    The encoder's weights are written only if they were trained; otherwise its name and revision stand for
-    them. The folder is written under a temporary name and then renamed: it never holds a part of a router, or
-    parts of two.
+    The encoder's weights are written only if they were trained; otherwise its arguments, such as name and
+    revision, stand for them. The folder is written under a temporary name and then renamed: it never holds a
+    part of a router, or parts of two.
 
     Args:
         router: The router.
@@ -38,12 +40,9 @@ def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:
         "head_hidden_dim": router.head_hidden_dim,
         "log_std_min": router.log_std_min,
         "log_std_max": router.log_std_max,
-        "encoder": {
-            "name_or_path": encoder.name_or_path,
-            "revision": encoder.revision,
-            "max_length": encoder.max_length,
-            "trainable": encoder.trainable,
-        },
+        "num_counts": router.num_counts,
+        "inputs": encoder.inputs,
+        "encoder": encoder.arguments(),
         "embedding_size": encoder.size,
         "extra": extra,
     }
@@ -58,11 +57,12 @@ def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:
         new.rename(folder)
 
 
-def load_router(folder: Path) -> tuple[Router, dict[str, Any]]:
+def load_router(folder: Path, slm: SLM | None = None) -> tuple[Router, dict[str, Any]]:
     """Reads what `save_router` wrote.
 
     Args:
         folder: The router's folder.
+        slm: The SLM that is pruned, for a router that reads its states.
 
     Returns:
         The router, in evaluation mode on the CPU, and the extra values.
@@ -78,15 +78,16 @@ def load_router(folder: Path) -> tuple[Router, dict[str, Any]]:
         raise ValueError(
             f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, as stage=router writes it"
         ) from error
-    encoder = TextEncoder(**description["encoder"])
+    # Routers that were written before there was a choice read the query and have the Normal.
+    encoder = build_encoder(description.get("inputs", TextEncoder.inputs), description["encoder"], slm)
     if encoder.size != description["embedding_size"]:
         raise ValueError(
             f"{folder / _DESCRIPTION}: the router was trained on embeddings of size "
-            f"{description['embedding_size']}, but {encoder.name_or_path!r} gives {encoder.size}; "
+            f"{description['embedding_size']}, but {encoder.name} gives {encoder.size}; "
             f"allowed: the encoder and revision that it was trained with"
         )
     sizes = ("num_layers", "head_hidden_dim", "log_std_min", "log_std_max")
-    router = Router(encoder, **{key: description[key] for key in sizes})
+    router = Router(encoder, **{key: description[key] for key in sizes}, num_counts=description.get("num_counts"))
     missing, unexpected = router.load_state_dict(weights, strict=False)
     wrong = [name for name in missing if encoder.trainable or not name.startswith(_ENCODER)] + unexpected
     if wrong:

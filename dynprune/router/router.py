@@ -4,7 +4,9 @@
     mu           = sigmoid(ratio_mu(h)),  h = relu(ratio_hidden(e))
     log sigma    = min + (max − min)·(tanh(ratio_log_std(h)) + 1) / 2
 
-Legend: B = batch, E = embedding size, L = decoder layers of the SLM, H = hidden size of the heads.
+With a categorical ratio, ratio_counts(h) are logits over k = 0..k_max in place of mu and log sigma.
+
+Legend: B = batch, E = embedding size, L = decoder layers of the SLM, H = hidden size of the heads, K = k_max + 1 counts.
 """
 
 from collections.abc import Mapping
@@ -12,39 +14,43 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dynprune.router.encoder import TextEncoder
+from dynprune.router.encoder import Encoder
 from dynprune.router.outputs import RouterOutputs
+from dynprune.router.ratio import CategoricalRatio, NormalRatio, Ratio
 
 
 class Router(nn.Module):
-    """Says for each query how safe each layer is to prune, and how large a share to prune.
+    """Says for each query how safe each layer is to prune, and how many layers to prune.
 
     The heads read embeddings, so that with a frozen encoder each query is embedded once and never again.
 
     Attributes:
-        encoder: The sentence encoder.
+        encoder: What embeds the queries.
         num_layers: L.
         head_hidden_dim: H.
         log_std_min: Lower bound of log sigma.
         log_std_max: Upper bound of log sigma.
+        num_counts: K of a categorical ratio, or None for the Normal.
     """
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        encoder: Encoder,
         num_layers: int,
         head_hidden_dim: int = 128,
         log_std_min: float = -7.0,
         log_std_max: float = -3.0,
+        num_counts: int | None = None,
     ) -> None:
         """Builds the heads, with torch's default initialisation.
 
         Args:
-            encoder: The sentence encoder.
+            encoder: What embeds the queries.
             num_layers: L, the number of decoder layers of the SLM.
             head_hidden_dim: H, the hidden size of each head.
             log_std_min: Lower bound of log sigma, in log ratio.
             log_std_max: Upper bound of log sigma, in log ratio.
+            num_counts: K, the policy's k_max + 1, for a categorical ratio; None for the Normal.
 
         Raises:
             ValueError: If the lower bound is not below the upper bound.
@@ -60,17 +66,21 @@ class Router(nn.Module):
         self.head_hidden_dim = head_hidden_dim
         self.log_std_min = log_std_min
         self.log_std_max = log_std_max
+        self.num_counts = num_counts
         self.layers_hidden = nn.Linear(encoder.size, head_hidden_dim)
         self.layers_score = nn.Linear(head_hidden_dim, num_layers)
         self.ratio_hidden = nn.Linear(encoder.size, head_hidden_dim)
-        self.ratio_mu = nn.Linear(head_hidden_dim, 1)
-        self.ratio_log_std = nn.Linear(head_hidden_dim, 1)
+        if num_counts is None:
+            self.ratio_mu = nn.Linear(head_hidden_dim, 1)
+            self.ratio_log_std = nn.Linear(head_hidden_dim, 1)
+        else:
+            self.ratio_counts = nn.Linear(head_hidden_dim, num_counts)
 
     def encode(self, features: Mapping[str, Tensor]) -> Tensor:
         """Embeds tokenised queries.
 
         Args:
-            features: What `TextEncoder.tokenize` returned, on the router's device.
+            features: What `Encoder.tokenize` returned, on the router's device.
 
         Returns:
             embedding_BE.
@@ -89,9 +99,13 @@ class Router(nn.Module):
             embedding_BE = embedding_BE.to(self.layers_hidden.weight.dtype)
             hidden_BH = self.layers_hidden(embedding_BE).relu()
             ratio_hidden_BH = self.ratio_hidden(embedding_BE).relu()
-            spread_B = (self.ratio_log_std(ratio_hidden_BH)[:, 0].tanh() + 1) / 2
-            return RouterOutputs(
-                layer_logits_BL=self.layers_score(hidden_BH),
-                mu_B=self.ratio_mu(ratio_hidden_BH)[:, 0].sigmoid(),
-                log_sigma_B=self.log_std_min + (self.log_std_max - self.log_std_min) * spread_B,
-            )
+            return RouterOutputs(self.layers_score(hidden_BH), self._ratio(ratio_hidden_BH))
+
+    def _ratio(self, hidden_BH: Tensor) -> Ratio:
+        if self.num_counts is not None:
+            return CategoricalRatio(self.ratio_counts(hidden_BH))
+        spread_B = (self.ratio_log_std(hidden_BH)[:, 0].tanh() + 1) / 2
+        return NormalRatio(
+            mu_B=self.ratio_mu(hidden_BH)[:, 0].sigmoid(),
+            log_sigma_B=self.log_std_min + (self.log_std_max - self.log_std_min) * spread_B,
+        )

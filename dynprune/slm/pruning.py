@@ -232,6 +232,36 @@ def starting_at(slm: SLM, first: int, input_BTd: Tensor) -> Iterator[None]:
             layer.forward = forward
 
 
+class _Reached(Exception):
+    """A pass has come as far as it should."""
+
+
+@contextmanager
+def stopping_before(slm: SLM, layer: int) -> Iterator[list[Tensor]]:
+    """Ends the pass that is run inside as soon as it reaches a layer, and the block with it.
+
+    Args:
+        slm: The SLM.
+        layer: The layer that is not run any more, 0..L − 1.
+
+    Yields:
+        A list that will hold what would go into that layer.
+    """
+    reached: list[Tensor] = []
+
+    def stop(module: object, arguments: tuple[Tensor, ...]) -> None:
+        reached.append(arguments[0])
+        raise _Reached
+
+    handle = slm.layers[layer].register_forward_pre_hook(stop)
+    try:
+        yield reached
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
 def _rows_of(pruned_B: Tensor, device: torch.device) -> _Rows:
     if not pruned_B.any():
         return _ALL_KEEP

@@ -149,7 +149,7 @@ def _oracle(run: Run, sizes: Sequence[float]) -> Iterator[Row]:
     for size in sizes:
         best = oracle([tried[query.id] for query in queries], size)
         layers_of = {rollout.id: rollout.pruned_layers for rollout in best}
-        yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}", uses_router=False)
+        yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}")
 
 
 _BASELINES: Mapping[str, Callable[[Run, Sequence[int]], Iterator[Row]]] = {
@@ -258,7 +258,7 @@ def _choice_rows(
         upstream = {"losses": table.fingerprint}
         artifact = run.store.get_or_build("choice", VERSION, identity, {}, upstream, build, resumable=False)
         choose = _by_embedding(run, LinearChoice.load(artifact.folder / "choice.npz"))
-        yield Row(f"{name}-{size}", choose, artifact.fingerprint, uses_router=True)
+        yield Row(f"{name}-{size}", choose, artifact.fingerprint, router_layers=run.config.evaluation.router_cost_layers)
 
 
 def _library_queries(run: Run) -> list[Query]:
@@ -301,7 +301,7 @@ def _looked_up(layers_of: Mapping[str, tuple[int, ...]]) -> Chooser:
 
 
 def _fixed(name: str, layers: Sequence[int]) -> Row:
-    return Row(name, lambda query: layers, str(list(layers)), uses_router=False)
+    return Row(name, lambda query: layers, str(list(layers)))
 
 
 def _set_rows(name: str, artifact: Artifact, sizes: Sequence[int]) -> Iterator[Row]:

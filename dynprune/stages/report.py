@@ -18,9 +18,10 @@ from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
-from dynprune.stages.evaluate import Evaluation, evaluate, train_routers, write_samples
+from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
+from dynprune.stages.samples import write_samples
 
 log = logging.getLogger(__name__)
 _COMPARED_BY = "ast_match"
@@ -65,13 +66,12 @@ def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
     mean_pruned = sum(len(sample.pruned_layers) for sample in samples) / len(samples)
     scores = {name: [sample.scores[name] for sample in samples] for name in samples[0].scores}
     scores["agreement"] = agreement([s.output for s in samples], [s.output for s in evaluation.samples["original"]])
-    cost = run.config.evaluation.router_cost_layers if row.uses_router else 0.0
     return TableRow(
         name=row.name,
         n=len(samples),
         scores={name: mean_interval(values) for name, values in scores.items()},
         mean_pruned_layers=mean_pruned,
-        nominal_speedup=nominal_speedup(mean_pruned, cost, run.slm.num_layers),
+        nominal_speedup=nominal_speedup(mean_pruned, row.router_layers, run.slm.num_layers),
         truncated=sum(sample.truncated for sample in samples),
         lossless=_lossless(samples, evaluation.near_ties[row.name]) if row.drafting is not None else None,
         **_times(row.name, evaluation.timings),
@@ -105,14 +105,15 @@ def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
 
 
 def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Comparison]:
-    """Every row against the unpruned SLM, each router against the static set nearest in size, routers among themselves."""
+    """Every row against the unpruned SLM, routers against the static set nearest in size and those of their budget."""
     statics = [row for row in rows if row.name.startswith("static-")]
     routers = [row for row in rows if row.name.startswith("router-")]
     pairs = [(row.name, "original") for row in rows if row.name != "original" and row.lossless is None]
     for router in routers:
         nearest = sorted(statics, key=lambda s: abs(s.mean_pruned_layers - router.mean_pruned_layers))[:1]
         pairs += [(router.name, static.name) for static in nearest]
-    pairs += [(a.name, b.name) for i, a in enumerate(routers) for b in routers[:i]]
+    budget_of = {router.name: router.name.partition("@")[2] for router in routers}
+    pairs += [(a.name, b.name) for i, a in enumerate(routers) for b in routers[:i] if budget_of[a.name] == budget_of[b.name]]
     scores = {name: [sample.scores[_COMPARED_BY] for sample in samples] for name, samples in evaluation.samples.items()}
     return compare(scores, pairs, _COMPARED_BY) if pairs else []
 

@@ -1,6 +1,7 @@
 """The stage ``router``: trains a router by one method and keeps the checkpoint with the least loss on held-out data."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from omegaconf import DictConfig
 from dynprune.artifacts import Artifact
 from dynprune.data.datamodule import StreamData
 from dynprune.data.filtering import keep_successful
-from dynprune.data.prompts import render_router_input
 from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
 from dynprune.methods.base import RouterTraining
+from dynprune.router.budget import CountRule, likeliest
 from dynprune.router.checkpoint import load_router, save_router
-from dynprune.router.encoder import TextEncoder
+from dynprune.router.encoder import Encoder
+from dynprune.router.encoders import build_encoder
 from dynprune.router.inputs import RouterInputs
+from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import Policy, ValuePolicy, build_policy
 from dynprune.router.router import Router
 from dynprune.stages.explore import explore
@@ -61,8 +64,8 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(run.config.seed, workers=True)
+        network = new_router(run) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
         policy = new_policy(run, method)
-        network = new_router(run) if start is None else load_router(start.folder / ROUTER)[0].train()
         module: RouterTraining = instantiate(
             method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
         )
@@ -121,7 +124,7 @@ def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, ne
         validation.append(stream(explore(run, "validation").folder, seed=None))
     explored = {split: completed_ids(explore(run, split).folder) for split in ("train", "validation")}
     texts = {
-        query.id: render_router_input(query)
+        query.id: network.encoder.render(query)
         for split, ids in explored.items()
         for query in run.splits[split]
         if query.id in ids
@@ -134,32 +137,72 @@ def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, ne
     )
 
 
-def chooser(run: Run, artifact: Artifact) -> Callable[[Query], Sequence[int]]:
-    """What chooses the layers to prune for a query: the mode of the trained router's policy."""
-    network, extra = load_router(artifact.folder / ROUTER)
-    network.to(run.slm.device)
-    policy = build_policy(extra["policy"])
+@dataclass(frozen=True)
+class TrainedRouter:
+    """A router in use.
+
+    Attributes:
+        network: The router.
+        policy: Its policy.
+        device: Where it lies.
+    """
+
+    network: Router
+    policy: Policy
+    device: torch.device
 
     @torch.inference_mode()
-    def choose(query: Query) -> list[int]:
-        features = network.encoder.tokenize([render_router_input(query)])
-        on_device = {name: tensor.to(run.slm.device) for name, tensor in features.items()}
-        mask_BL = policy.mode(network(network.encode(on_device)))
-        return [int(layer) for layer in mask_BL[0].nonzero()[:, 0]]
+    def outputs(self, query: Query) -> RouterOutputs:
+        """What it says of a query."""
+        encoder = self.network.encoder
+        features = encoder.tokenize([encoder.render(query)])
+        outputs: RouterOutputs = self.network(
+            self.network.encode({name: tensor.to(self.device) for name, tensor in features.items()})
+        )
+        return outputs
 
-    return choose
+    def chooser(self, count: CountRule = likeliest) -> Callable[[Query], Sequence[int]]:
+        """What chooses the layers to prune for a query: the mode of the policy, with as many layers as a rule says."""
+
+        def choose(query: Query) -> list[int]:
+            mask_BL = self.policy.mode(self.outputs(query), count)
+            return [int(layer) for layer in mask_BL[0].nonzero()[:, 0]]
+
+        return choose
+
+
+def trained_router(run: Run, artifact: Artifact) -> TrainedRouter:
+    """The router that an artifact holds, on the SLM's device."""
+    network, extra = load_router(artifact.folder / ROUTER, run.slm)
+    return TrainedRouter(network.to(run.slm.device), build_policy(extra["policy"]), run.slm.device)
+
+
+def router_layers(run: Run) -> float:
+    """What a pass of the run's router costs, in layers of the SLM: those that it runs itself, if it reads the SLM's states."""
+    settings = run.config.router
+    costs = {"query": run.config.evaluation.router_cost_layers, "slm_states": settings.slm_layers, "none": 0.0}
+    return float(costs[settings.inputs])
 
 
 def new_router(run: Run) -> Router:
     """A router of the run's configuration with random heads."""
     settings = run.config.router
+    if settings.ratio not in ("normal", "categorical"):
+        raise ValueError(f"router.ratio={settings.ratio!r} is unknown; allowed: normal, categorical")
     return Router(
-        TextEncoder(**plain(settings.encoder)),
+        _new_encoder(run),
         run.slm.num_layers,
         settings.head_hidden_dim,
         settings.log_std_min,
         settings.log_std_max,
+        new_policy(run).k_max + 1 if settings.ratio == "categorical" else None,
     )
+
+
+def _new_encoder(run: Run) -> Encoder:
+    settings = run.config.router
+    arguments = {"query": plain(settings.encoder), "slm_states": {"first_layers": settings.slm_layers}}
+    return build_encoder(settings.inputs, arguments.get(settings.inputs, {}), run.slm)
 
 
 def new_policy(run: Run, method: DictConfig | None = None) -> Policy:
@@ -178,11 +221,28 @@ def new_policy(run: Run, method: DictConfig | None = None) -> Policy:
     return build_policy(
         {
             "num_layers": run.slm.num_layers,
-            "prunable_layers": plain(settings.prunable_layers),
+            "prunable_layers": _prunable_layers(run),
             "k_max": settings.k_max,
             **own,
         }
     )
+
+
+def _prunable_layers(run: Run) -> list[int] | None:
+    """The layers that may be pruned: none of those that the router reads itself."""
+    settings = run.config.router
+    layers: list[int] | None = plain(settings.prunable_layers)
+    if settings.inputs != "slm_states":
+        return layers
+    if layers is None:
+        return list(range(settings.slm_layers, run.slm.num_layers))
+    if read := [layer for layer in layers if layer < settings.slm_layers]:
+        raise ValueError(
+            f"router.prunable_layers={layers} names layer {read[0]}, but the router reads the SLM's states after its first "
+            f"router.slm_layers={settings.slm_layers} layers, so these always run; allowed: layers from {settings.slm_layers} "
+            "on, or null for all of them"
+        )
+    return layers
 
 
 def _collate(inputs: RouterInputs) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

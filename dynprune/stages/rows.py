@@ -14,12 +14,16 @@ class Row:
         name: Its name.
         choose: What gives the configuration for a query.
         origin: The fingerprint, or the layers, that the configurations come from.
-        uses_router: Whether choosing costs a pass of the router.
+        router_layers: What choosing costs, in layers of the SLM.
         drafting: How the SLM with that configuration drafts what the full SLM verifies; ``None`` where it answers itself.
     """
 
     name: str
     choose: Chooser
     origin: str
-    uses_router: bool
+    router_layers: float = 0.0
     drafting: Drafting | None = None
+
+
+ORIGINAL = Row("original", lambda query: (), "[]")
+"""The unpruned SLM."""

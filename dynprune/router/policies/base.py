@@ -1,7 +1,7 @@
 """The policy π(y|x) over configurations: log π(y|x) = log P(k|x) + log P(y | k, x), with k = |y|.
 
 P(k|x) is common to all policies (`dynprune.router.ratio`); a policy defines P(y | k, x). Where layers are
-excluded, the policy lives on the N that may be pruned: the ratio's buckets are [k/N, (k+1)/N), and any other
+excluded, the policy lives on the N that may be pruned: a Normal's buckets are [k/N, (k+1)/N), and any other
 configuration has probability 0.
 
 Legend: B = batch, L = decoder layers of the SLM, N = layers that may be pruned, K = k_max + 1.
@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dynprune.router.budget import CountRule, likeliest
 from dynprune.router.outputs import RouterOutputs
-from dynprune.router.ratio import log_pmf, mode_k, sample_k
+from dynprune.router.ratio import at_least_float32
 from dynprune.router.topk import top_k_mask
 
 
@@ -90,6 +91,10 @@ class Policy(ABC):
         k_B = mask_BN.sum(dim=1)
         return (k_B == mask_BL.sum(dim=1)) & (k_B <= self.k_max)
 
+    def log_p_count(self, outputs: RouterOutputs) -> Tensor:
+        """Returns log_p_BK, log P(k|x) for k = 0..k_max."""
+        return outputs.ratio.log_pmf(self.num_prunable, self.k_max)
+
     def log_prob(self, outputs: RouterOutputs, mask_BL: Tensor) -> Tensor:
         """Returns log π(y|x) of each row, in float32 at least.
 
@@ -100,12 +105,11 @@ class Policy(ABC):
         Returns:
             log_prob_B; −inf, without gradient, where the configuration is impossible (see `allows`).
         """
-        logits_BN, mu_B, log_sigma_B = self._heads(outputs)
+        logits_BN = self._layer_logits(outputs)
         allowed_B = self.allows(mask_BL)
         # Impossible rows are computed as "prune nothing", so that no NaN arises under the `where`.
         mask_BN = self.restrict(mask_BL) & allowed_B[:, None]
-        log_p_BK = log_pmf(mu_B, log_sigma_B, self.num_prunable, self.k_max)
-        log_p_B = log_p_BK.gather(1, mask_BN.sum(dim=1, keepdim=True))[:, 0]
+        log_p_B = self.log_p_count(outputs).gather(1, mask_BN.sum(dim=1, keepdim=True))[:, 0]
         return torch.where(allowed_B, log_p_B + self._subset_log_prob(logits_BN, mask_BN), -torch.inf)
 
     @torch.no_grad()
@@ -119,25 +123,23 @@ class Policy(ABC):
         Returns:
             mask_BL, True where a layer is pruned.
         """
-        logits_BN, mu_B, log_sigma_B = self._heads(outputs)
-        k_B = sample_k(mu_B, log_sigma_B, self.num_prunable, self.k_max, generator)
-        return self._expand(self._subset_sample(logits_BN, k_B, generator))
+        k_B = outputs.ratio.sample_count(self.num_prunable, self.k_max, generator).floor().long()
+        return self._expand(self._subset_sample(self._layer_logits(outputs), k_B, generator))
 
     @torch.no_grad()
-    def mode(self, outputs: RouterOutputs) -> Tensor:
-        """Returns the most probable configuration of the most probable size: the k best layers.
+    def mode(self, outputs: RouterOutputs, count: CountRule = likeliest) -> Tensor:
+        """Returns the most probable configuration of the size that a rule says: the k best layers.
 
         Under each of the policies the top k scores are the most probable subset of size k.
 
         Args:
             outputs: The router's outputs for B queries.
+            count: What chooses k, see `dynprune.router.budget`; the most probable size without a budget.
 
         Returns:
             mask_BL, True where a layer is pruned.
         """
-        logits_BN, mu_B, log_sigma_B = self._heads(outputs)
-        k_B = mode_k(mu_B, log_sigma_B, self.num_prunable, self.k_max)
-        return self._expand(top_k_mask(logits_BN, k_B))
+        return self._expand(top_k_mask(self._layer_logits(outputs), count(self.log_p_count(outputs))))
 
     @abstractmethod
     def _subset_log_prob(self, logits_BN: Tensor, mask_BN: Tensor) -> Tensor:
@@ -147,10 +149,8 @@ class Policy(ABC):
     def _subset_sample(self, logits_BN: Tensor, k_B: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draws mask_BN ~ P(y | k, x)."""
 
-    def _heads(self, outputs: RouterOutputs) -> tuple[Tensor, Tensor, Tensor]:
-        heads = (self.restrict(outputs.layer_logits_BL), outputs.mu_B, outputs.log_sigma_B)
-        logits_BN, mu_B, log_sigma_B = (head if head.dtype == torch.float64 else head.float() for head in heads)
-        return logits_BN, mu_B, log_sigma_B
+    def _layer_logits(self, outputs: RouterOutputs) -> Tensor:
+        return at_least_float32(self.restrict(outputs.layer_logits_BL))
 
     def _expand(self, values_BN: Tensor) -> Tensor:
         if self.num_prunable == self.num_layers:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies.plackett_luce import PlackettLucePolicy
-from dynprune.router.ratio import sample_count
 from dynprune.router.topk import gumbel_like, relaxed_top_k, top_k_mask
 
 
@@ -28,10 +27,10 @@ class GumbelPolicy(PlackettLucePolicy):
     def relaxed_sample(self, outputs: RouterOutputs, temperature: float, generator: torch.Generator | None = None) -> Tensor:
         """Draws configurations with straight-through gradients.
 
-        Forward, r ~ N(mu, sigma), k = ⌊r·N⌋ clipped, and the k largest perturbed logits. Backward, successive
-        softmaxes (`relaxed_top_k`) of the same perturbed logits with the real-valued count r·N, so that the
-        gradient reaches the layer logits, mu and log sigma. Where the count is clipped, it does not reach the
-        latter two.
+        Forward, k ~ P(k|x) and the k largest perturbed logits. Backward, successive softmaxes
+        (`relaxed_top_k`) of the same perturbed logits with the real-valued count of `Ratio.sample_count`, so
+        that the gradient reaches the layer logits and the ratio's head. Where a Normal's count is clipped, it
+        does not reach the latter.
 
         Args:
             outputs: The router's outputs for B queries.
@@ -46,8 +45,8 @@ class GumbelPolicy(PlackettLucePolicy):
         """
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} is not allowed; allowed: above 0, for example 0.5")
-        logits_BN, mu_B, log_sigma_B = self._heads(outputs)
-        count_B = sample_count(mu_B, log_sigma_B, self.num_prunable, self.k_max, generator)
+        logits_BN = self._layer_logits(outputs)
+        count_B = outputs.ratio.sample_count(self.num_prunable, self.k_max, generator)
         keys_BN = logits_BN + gumbel_like(logits_BN, generator)
         hard_BN = top_k_mask(keys_BN, count_B.floor())
         soft_BN = relaxed_top_k(keys_BN, count_B, temperature, self.k_max)

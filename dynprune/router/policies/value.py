@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynprune.router.budget import CountRule, likeliest
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies.conditional_bernoulli import ConditionalBernoulliPolicy
+from dynprune.router.ratio import NormalRatio, at_least_float32
 from dynprune.router.topk import log_esp, top_k_mask
 
 # Where mu rounds to 0 or 1 its logit would be infinite.
@@ -76,26 +78,22 @@ class ValuePolicy(ConditionalBernoulliPolicy):
             mask_BL: One configuration for each, True where a layer is pruned; layers that may not be pruned count for
                 nothing.
         """
-        logits_BN, mu_B, _ = self._heads(outputs)
-        return mu_B.logit(_EPSILON) + _total(logits_BN, self.restrict(mask_BL))
+        logits_BN = self._layer_logits(outputs).masked_fill(~self.restrict(mask_BL), 0.0)
+        return _base(outputs) + logits_BN.sum(dim=1)
 
-    def log_prob(self, outputs: RouterOutputs, mask_BL: Tensor) -> Tensor:
-        """Returns log_prob_B of the Gibbs distribution; otherwise as `Policy.log_prob`."""
-        logits_BN, _, _ = self._heads(outputs)
-        log_p_B = _total(logits_BN, self.restrict(mask_BL)) - log_esp(logits_BN, self.k_max).logsumexp(dim=1)
-        return torch.where(self.allows(mask_BL), log_p_B, -torch.inf)
+    def log_p_count(self, outputs: RouterOutputs) -> Tensor:
+        """Returns log_p_BK of the Gibbs distribution, k = 0..k_max."""
+        return log_esp(self._layer_logits(outputs), self.k_max).log_softmax(dim=1)
 
     @torch.no_grad()
     def sample(self, outputs: RouterOutputs, generator: torch.Generator | None = None) -> Tensor:
         """Draws mask_BL from the Gibbs distribution; otherwise as `Policy.sample`."""
-        logits_BN, _, _ = self._heads(outputs)
-        p_BK = log_esp(logits_BN, self.k_max).softmax(dim=1)
-        k_B = torch.multinomial(p_BK, 1, generator=generator)[:, 0]
-        return self._expand(self._subset_sample(logits_BN, k_B, generator))
+        k_B = torch.multinomial(self.log_p_count(outputs).exp(), 1, generator=generator)[:, 0]
+        return self._expand(self._subset_sample(self._layer_logits(outputs), k_B, generator))
 
     @torch.no_grad()
-    def mode(self, outputs: RouterOutputs) -> Tensor:
-        """Returns the deepest configuration whose predicted reward is at least `min_reward`.
+    def mode(self, outputs: RouterOutputs, count: CountRule = likeliest) -> Tensor:
+        """Returns the deepest configuration whose predicted reward is at least `min_reward`, or that of a given size.
 
         Of several that are equally deep it is the one with the largest predicted reward. Where no configuration reaches
         `min_reward`, nothing is pruned. It is found by search of the prediction; the likeliest configuration under
@@ -103,17 +101,23 @@ class ValuePolicy(ConditionalBernoulliPolicy):
 
         Args:
             outputs: The router's outputs for B queries.
+            count: What chooses k where a budget is given.
 
         Returns:
             mask_BL, True where a layer is pruned.
         """
-        logits_BN, mu_B, _ = self._heads(outputs)
+        if count is not likeliest:
+            return super().mode(outputs, count)
+        logits_BN = self._layer_logits(outputs)
         best_BN = logits_BN.sort(dim=1, descending=True).values.cumsum(dim=1)
-        best_BK = mu_B.logit(_EPSILON)[:, None] + F.pad(best_BN[:, : self.k_max], (1, 0))
+        best_BK = _base(outputs)[:, None] + F.pad(best_BN[:, : self.k_max], (1, 0))
         is_enough_BK = best_BK >= math.log(self.min_reward / (1 - self.min_reward))
         k_K = torch.arange(self.k_max + 1, device=logits_BN.device)
         return self._expand(top_k_mask(logits_BN, torch.where(is_enough_BK, k_K, 0).amax(dim=1)))
 
 
-def _total(logits_BN: Tensor, mask_BN: Tensor) -> Tensor:
-    return logits_BN.masked_fill(~mask_BN, 0.0).sum(dim=1)
+def _base(outputs: RouterOutputs) -> Tensor:
+    """Returns b_B, the predicted log-odds without pruning."""
+    if not isinstance(outputs.ratio, NormalRatio):
+        raise ValueError("the policy value reads the mean of a normal ratio; type router.ratio=normal")
+    return at_least_float32(outputs.ratio.mu_B).logit(_EPSILON)
