@@ -65,12 +65,12 @@ def length_score(output: str, query: Query) -> float:
     return float(sum(map(ord, output)) % 7)
 
 
-def run(slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, estimate_all=False) -> dict[str, list]:
+def run(
+    slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, estimate_all: bool = False
+) -> dict[str, list]:
     with LayerPruner(slm, adapters()) as pruner:
         found = list(
-            explore(
-                slm, pruner, queries(n), strategy, length_score, None, 0.25, batch_size, shared_bytes, seed, estimate_all
-            )
+            explore(slm, pruner, queries(n), strategy, length_score, None, 0.25, batch_size, shared_bytes, seed, estimate_all)
         )
     assert all(len({rollout.id for rollout in rollouts}) == 1 for rollouts in found)
     return {rollouts[0].id: rollouts for rollouts in found}
@@ -244,39 +244,48 @@ def test_estimate_all_adds_the_dense_reward_to_every_rollout_and_changes_nothing
             assert rollout.nats_per_token == pytest.approx(nats_per_token(slm, query, rollout.pruned_layers), rel=1e-4)
 
 
-class Patient:
-    """Most searches only generate, over and over; one in three wants an estimate first."""
+def test_a_search_that_estimates_does_not_wait_for_all_that_only_generate(make_slm):
+    ended: list[int] = []
 
-    def __init__(self) -> None:
-        self.ended: list[str] = []
-        self.started = 0
+    class OneEstimates:
+        def propose(self, num_layers: int, rng: random.Random):
+            return self.search(next(numbers))
 
-    def propose(self, num_layers: int, rng: random.Random):
-        kind = "estimates" if self.started % 3 == 0 else "generates"
-        self.started += 1
-        return self.search(kind)
-
-    def search(self, kind: str):
-        yield Generate(((),))
-        if kind == "estimates":
+        def search(self, number: int):
+            yield Generate(((),))
             for layer in range(4):
-                yield Estimate(((layer,),))
-        for configuration in itertools.combinations(range(4), 2):
-            yield Generate((configuration,))
-        self.ended.append(kind)
+                if number == 0 and layer < 2:
+                    yield Estimate(((layer,),))
+                yield Generate(((layer,),))
+            ended.append(number)
+
+    numbers = itertools.count()
+    run(make_slm(), 30, OneEstimates(), batch_size=4)
+    assert ended.index(0) < 15
 
 
-def test_neither_those_that_estimate_nor_those_that_only_generate_wait_for_all_others_to_end(make_slm):
-    strategy = Patient()
-    found = run(make_slm(), 30, strategy, batch_size=2)
-    assert len(found) == 30
-    half = strategy.ended[:15]
-    assert 3 <= half.count("estimates") <= 8
+def test_generations_do_not_wait_for_the_estimates_of_all_searches(make_slm):
+    happened: list[str] = []
+
+    class Noting:
+        def propose(self, num_layers: int, rng: random.Random):
+            return self.search()
+
+        def search(self):
+            yield Generate(((),))
+            yield Estimate(((0,),))
+            happened.append("estimate")
+            yield Generate(tuple(itertools.combinations(range(4), 2)))
+            happened.append("end")
+
+    run(make_slm(), 12, Noting(), batch_size=8)
+    # Ten searches are in flight at the start.
+    assert happened.index("end") <= 5
 
 
 def test_a_search_that_estimates_ends_before_the_next_one_begins_to(make_slm):
     # So that what a run that is killed loses is not every search's estimates.
-    begun: list[int] = []
+    made: list[int] = []
 
     class Noting:
         def propose(self, num_layers: int, rng: random.Random):
@@ -285,12 +294,12 @@ def test_a_search_that_estimates_ends_before_the_next_one_begins_to(make_slm):
         def search(self, number: int):
             yield Generate(((),))
             for layer in range(3):
-                begun.append(number)
                 yield Estimate(((layer,),))
+                made.append(number)
 
     numbers = itertools.count()
-    run(make_slm(), 6, Noting(), batch_size=8)
-    assert [number for number, _ in itertools.groupby(begun)] == list(dict.fromkeys(begun))
+    run(make_slm(), 10, Noting(), batch_size=4)
+    assert [number for number, _ in itertools.groupby(made)] == list(dict.fromkeys(made))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from dynprune.atomic import replacing
 from dynprune.data.parquet import open_parquet, with_header
-from dynprune.data.rollouts import Likelihood, Rollout, Tried, by_query, read_header, read_likelihoods, read_rollouts
+from dynprune.data.rollouts import Tried, by_query, read_header, read_likelihoods, read_rollouts
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -155,7 +155,7 @@ def write_pairs(
     header = read_header(rollouts)
     if prefer_by == "likelihood":
         header = replace(header, score=LOG_LIKELIHOOD)
-    groups: Iterator[Sequence[Rollout] | Sequence[Likelihood]] = (
+    groups: Iterator[Sequence[Tried]] = (
         by_query(read_rollouts(rollouts)) if prefer_by == "score" else by_query(read_likelihoods(rollouts))
     )
     queries = queries_with_pairs = rollouts_read = pairs_written = 0
@@ -175,7 +175,8 @@ def write_pairs(
             too_low = "" if min_winner_score is None else f", or score less than pairs.min_winner_score={min_winner_score}"
             if not queries:
                 raise ValueError(
-                    f"no configuration in {rollouts} has a likelihood; type exploration.estimate_all=true or pairs.prefer_by=score"
+                    f"no configuration in {rollouts} has a likelihood; type exploration.estimate_all=true, "
+                    "or pairs.prefer_by=score"
                 )
             raise ValueError(
                 f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "

@@ -79,7 +79,9 @@ class Likelihood:
         return -self.nats_per_token
 
 
-Tried = TypeVar("Tried", Rollout, Likelihood)
+# What a search finds out about one configuration.
+Tried = Rollout | Likelihood
+OneKind = TypeVar("OneKind", Rollout, Likelihood)
 
 
 class RolloutWriter:
@@ -113,7 +115,7 @@ class RolloutWriter:
         self.completed_ids = completed_ids(folder)
         self._next = 1 + int(paths[-1].stem.rpartition("-")[2]) if paths else 0
 
-    def append(self, rollouts: Sequence[Rollout | Likelihood], place: int | None = None) -> None:
+    def append(self, rollouts: Sequence[Tried], place: int | None = None) -> None:
         """Write one shard; when this returns, it is on the disk.
 
         Args:
@@ -244,7 +246,7 @@ def read_likelihoods(folder: Path) -> Iterator[Likelihood]:
                 yield Likelihood(row["id"], tuple(row["pruned_layers"]), row["nats_per_token"])
 
 
-def by_query(rollouts: Iterable[Tried]) -> Iterator[list[Tried]]:
+def by_query(rollouts: Iterable[OneKind]) -> Iterator[list[OneKind]]:
     """Gather the rollouts, or likelihoods, of each query.
 
     Args:
@@ -273,7 +275,7 @@ def _check_header(path: Path, found: Header, expected: Header) -> None:
             )
 
 
-def _check_rollout(rollout: Rollout | Likelihood, num_layers: int) -> None:
+def _check_rollout(rollout: Tried, num_layers: int) -> None:
     layers = rollout.pruned_layers
     if list(layers) != sorted(set(layers).intersection(range(num_layers))):
         raise ValueError(

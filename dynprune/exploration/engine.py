@@ -6,9 +6,10 @@ outputs are those of plain greedy decoding. An output is cut where its score is 
 `dynprune.metrics.certainty`.
 
 What a search wants estimated fills batches of its own, see `estimate_configurations`, so one search's estimates are made at a
-time, those of the search that has waited longest, to its next generation or its end. They go first while generation has less
-than a batch to do. With a full batch the two take turns, so neither waits without end: searches in flight are limited, each has
-a budget, and each starts with a generation.
+time, those of the search that has waited longest, up to its next generation or its end. That happens whenever generation has
+less than a batch to do: so its batches stay full, and searches end one after another, where estimates first would keep every
+search's generations waiting for the estimates of all. None waits without end, since each search in flight has a budget, and no
+search is started while another waits for estimates.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dynprune.data.prompts import answer_tokens, prompt_tokens
-from dynprune.data.rollouts import Likelihood, Rollout
+from dynprune.data.rollouts import Likelihood, Rollout, Tried
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Configuration, Estimate, Proposal, Proposals, Strategy, estimating_all
 from dynprune.slm.generation import GenerationQueue, Request
@@ -58,7 +59,7 @@ class _Search:
     drafts: Counter[tuple[int, ...]]
     pending: Proposal | None
     outputs: dict[Configuration, Rollout] = field(default_factory=dict)
-    tried: dict[Configuration, Rollout | Likelihood] = field(default_factory=dict)
+    tried: dict[Configuration, Tried] = field(default_factory=dict)
 
 
 def explore(
@@ -73,7 +74,7 @@ def explore(
     shared_bytes: int,
     seed: int,
     estimate_all: bool = False,
-) -> Iterator[list[Rollout | Likelihood]]:
+) -> Iterator[list[Tried]]:
     """Searches configurations for each query.
 
     Args:
@@ -114,7 +115,7 @@ def explore(
             queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, drafts, give_up))
 
     def start_searches() -> None:
-        while len(owner_of) + len(estimating) < _SEARCHES_A_ROW * batch_size and (query := next(waiting, None)) is not None:
+        while not estimating and len(owner_of) < _SEARCHES_A_ROW * batch_size and (query := next(waiting, None)) is not None:
             submit(_start(slm, query, strategy, max_tokens_margin, seed, estimate_all))
 
     def generate() -> _Search | None:
@@ -146,16 +147,11 @@ def explore(
     generated = iter(queue)
     start_searches()
     while owner_of or estimating:
-        advanced = []
-        if owner_of and (not estimating or len(owner_of) >= batch_size):
-            advanced.append(generate())
-        if estimating:
-            advanced.append(estimate())
-        for search in filter(None, advanced):
-            if search.pending is None:
-                yield list(search.tried.values())
-            else:
-                submit(search)
+        search = estimate() if estimating and len(owner_of) < batch_size else generate()
+        if search is not None and search.pending is None:
+            yield list(search.tried.values())
+        elif search is not None:
+            submit(search)
         start_searches()
 
 

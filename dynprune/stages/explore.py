@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
-from dynprune.data.rollouts import Likelihood, Rollout, RolloutWriter, read_likelihoods, read_rollouts
+from dynprune.data.rollouts import RolloutWriter, Tried, read_likelihoods, read_rollouts
 from dynprune.data.tasks import Query
 from dynprune.exploration.engine import explore as explore_queries
 from dynprune.exploration.statistics import exploration_statistics, statistics_lines
@@ -62,7 +62,8 @@ def explore(run: Run, split: str = "train") -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         writer = RolloutWriter(folder, num_layers=run.slm.num_layers, score=settings.score)
-        done = writer.completed_ids
+        # A copy: the writer adds to its own.
+        done = set(writer.completed_ids)
         left = [query for query in queries if query.id not in done]
         processes = min(run.config.hardware.explore_processes, len(left) // _LEAST_QUERIES)
         searches = (
@@ -91,7 +92,7 @@ def _write_statistics(folder: Path, min_score: float) -> None:
 
 def _explored(
     run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_bytes: int
-) -> Generator[list[Rollout | Likelihood], None, None]:
+) -> Generator[list[Tried], None, None]:
     settings = run.config.exploration
     with pruner_of(run, artifact) as pruner:
         yield from explore_queries(
@@ -111,7 +112,7 @@ def _explored(
 
 def _explored_in_processes(
     run: Run, artifact: Artifact | None, queries: Sequence[Query], processes: int
-) -> Generator[list[Rollout | Likelihood], None, None]:
+) -> Generator[list[Tried], None, None]:
     """Shares queries, threads and memory out to processes, each with an SLM of its own.
 
     Raises:
@@ -120,7 +121,7 @@ def _explored_in_processes(
     # What is wrong with the strategy's settings is said here, not by each process.
     instantiate(run.config.exploration.strategy)
     context = get_context("spawn")
-    results: Queue[tuple[int, list[Rollout | Likelihood] | str | None]] = context.Queue()
+    results: Queue[tuple[int, list[Tried] | str | None]] = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     shared_bytes = run.shared_bytes // processes
     workers = {
@@ -168,7 +169,7 @@ def _work(
     shared_bytes: int,
     threads: int,
     number: int,
-    results: "Queue[tuple[int, list[Rollout | Likelihood] | str | None]]",
+    results: "Queue[tuple[int, list[Tried] | str | None]]",
 ) -> None:
     """What one of several processes does: explores its share and sends the rollouts of each query."""
     torch.set_num_threads(threads)
