@@ -1,16 +1,22 @@
 import copy
+import itertools
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.data.prompts import render_answer, render_prompt
+from dynprune.data.prompts import answer_tokens, prompt_tokens, render_answer, render_prompt
+from dynprune.data.rollouts import Likelihood, Rollout
 from dynprune.data.tasks import Query
+from dynprune.exploration.beam import BeamSearch
 from dynprune.exploration.engine import explore
+from dynprune.exploration.mcts import MonteCarloTreeSearch
 from dynprune.exploration.random_search import RandomSearch
+from dynprune.exploration.strategy import Estimate, Generate
 from dynprune.slm.pruning import LayerPruner
 
 
@@ -59,9 +65,13 @@ def length_score(output: str, query: Query) -> float:
     return float(sum(map(ord, output)) % 7)
 
 
-def run(slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, lost=None) -> dict[str, list]:
+def run(
+    slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, estimate_all: bool = False
+) -> dict[str, list]:
     with LayerPruner(slm, adapters()) as pruner:
-        found = list(explore(slm, pruner, queries(n), strategy, length_score, lost, 0.25, batch_size, shared_bytes, seed))
+        found = list(
+            explore(slm, pruner, queries(n), strategy, length_score, None, 0.25, batch_size, shared_bytes, seed, estimate_all)
+        )
     assert all(len({rollout.id for rollout in rollouts}) == 1 for rollouts in found)
     return {rollouts[0].id: rollouts for rollouts in found}
 
@@ -106,8 +116,8 @@ class Recording:
 
     def propose(self, num_layers: int, rng: random.Random):
         key = rng.random()
-        first = yield ((0,), (1,), (2, 3))
-        second = yield ((0, 1),)
+        first = yield Generate(((0,), (1,), (2, 3)))
+        second = yield Generate(((0, 1),))
         self.sent[key] = [*first, *second]
 
 
@@ -141,6 +151,155 @@ def test_outputs_are_cut_where_the_score_is_certain_and_the_scores_do_not_change
         assert rollout.score == whole[key].score
         assert rollout.output == (whole[key].output[: len(rollout.output)] if rollout.cut else whole[key].output)
         assert not rollout.cut or rollout.score == 0
+
+
+def nats_per_token(slm, query: Query, pruned: Sequence[int]) -> float:
+    """Of the reference answer, in a model whose layers were swapped, one sample at a time."""
+    model, stack = copy.deepcopy(slm.model), adapters()
+    for index in pruned:
+        model.model.layers[index] = Skip(stack, index)
+    prompt, answer = prompt_tokens(slm.tokenizer, query), [*answer_tokens(slm.tokenizer, query), slm.tokenizer.eos_token_id]
+    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return -logits.log_softmax(-1)[range(len(answer)), answer].mean().item()
+
+
+class Alternating:
+    """Generates and estimates in turns, some configurations first the one way and some first the other."""
+
+    def __init__(self) -> None:
+        self.sent: dict[float, list[list[float]]] = {}
+
+    def propose(self, num_layers: int, rng: random.Random):
+        key = rng.random()
+        self.sent[key] = []
+        for proposal in (
+            Generate(((),)),
+            Estimate(((2,), (0, 3), ())),
+            Generate(((2,), (1,))),
+            Estimate(((1,), (0, 1, 2, 3))),
+            Estimate(((3,),)),
+            Generate(((0, 3), (0, 2))),
+        ):
+            self.sent[key].append(list((yield proposal)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_searches_that_generate_and_estimate_in_turns_get_what_each_configuration_is_worth_alone(make_slm, batch_size):
+    slm, strategy = make_slm(), Alternating()
+    found = run(slm, 4, strategy, batch_size)
+    plain = RandomSearch(configurations_per_size=6, stop_below=-1, first_excluded=0, last_excluded=0)
+    outputs = {(r.id, r.pruned_layers): (r.score, r.output) for rollouts in run(slm, 4, plain, 16).values() for r in rollouts}
+    assert set(found) == {f"q{i}" for i in range(4)}
+    sent = set()
+    for query in queries(4):
+        tried = {one.pruned_layers: one for one in found[query.id]}
+        assert list(tried) == [(), (2,), (0, 3), (1,), (0, 1, 2, 3), (3,), (0, 2)]
+        assert [type(one) for one in tried.values()] == [Rollout] * 4 + [Likelihood] * 2 + [Rollout]
+        for configuration, one in tried.items():
+            if isinstance(one, Rollout):
+                assert (one.score, one.output) == outputs[query.id, configuration]
+            if configuration == (0, 2):
+                assert one.nats_per_token is None
+            else:
+                assert one.nats_per_token == pytest.approx(nats_per_token(slm, query, configuration), rel=1e-4)
+        sent.add(
+            tuple(
+                tuple(getattr(tried[configuration], name) for configuration in configurations)
+                for name, configurations in (
+                    ("score", [()]),
+                    ("nats_per_token", [(2,), (0, 3), ()]),
+                    ("score", [(2,), (1,)]),
+                    ("nats_per_token", [(1,), (0, 1, 2, 3)]),
+                    ("nats_per_token", [(3,)]),
+                    ("score", [(0, 3), (0, 2)]),
+                )
+            )
+        )
+    assert {tuple(map(tuple, batches)) for batches in strategy.sent.values()} == sent
+
+
+@pytest.mark.parametrize(
+    "strategy", [BeamSearch(width=2, depth=3, candidates=2, max_estimates=9), MonteCarloTreeSearch(depth=3, max_estimates=9)]
+)
+def test_a_guided_search_in_the_engine_keeps_every_estimate_and_the_scores_of_the_best(make_slm, strategy):
+    slm = make_slm()
+    found = run(slm, 5, strategy, batch_size=4)
+    for query in queries(5):
+        tried = {one.pruned_layers: one for one in found[query.id]}
+        assert len(tried) == len(found[query.id]) == 9
+        for configuration, one in tried.items():
+            assert one.nats_per_token == pytest.approx(nats_per_token(slm, query, configuration), rel=1e-4)
+        for size in range(1, 4):
+            of_size = sorted((one for c, one in tried.items() if len(c) == size), key=lambda one: one.nats_per_token)
+            assert all(isinstance(one, Rollout) == (place < strategy.confirmed) for place, one in enumerate(of_size))
+
+
+def test_estimate_all_adds_the_dense_reward_to_every_rollout_and_changes_nothing_else(make_slm):
+    slm, strategy = make_slm(), RandomSearch(configurations_per_size=2, stop_below=-1, first_excluded=0, last_excluded=0)
+    plain = run(slm, 3, strategy, 8)
+    found = run(slm, 3, strategy, 8, estimate_all=True)
+    assert {key: [replace(r, nats_per_token=None) for r in rollouts] for key, rollouts in found.items()} == plain
+    for query in queries(3):
+        for rollout in found[query.id]:
+            assert rollout.nats_per_token == pytest.approx(nats_per_token(slm, query, rollout.pruned_layers), rel=1e-4)
+
+
+def test_a_search_that_estimates_does_not_wait_for_all_that_only_generate(make_slm):
+    ended: list[int] = []
+
+    class OneEstimates:
+        def propose(self, num_layers: int, rng: random.Random):
+            return self.search(next(numbers))
+
+        def search(self, number: int):
+            yield Generate(((),))
+            for layer in range(4):
+                if number == 0 and layer < 2:
+                    yield Estimate(((layer,),))
+                yield Generate(((layer,),))
+            ended.append(number)
+
+    numbers = itertools.count()
+    run(make_slm(), 30, OneEstimates(), batch_size=4)
+    assert ended.index(0) < 15
+
+
+def test_generations_do_not_wait_for_the_estimates_of_all_searches(make_slm):
+    happened: list[str] = []
+
+    class Noting:
+        def propose(self, num_layers: int, rng: random.Random):
+            return self.search()
+
+        def search(self):
+            yield Generate(((),))
+            yield Estimate(((0,),))
+            happened.append("estimate")
+            yield Generate(tuple(itertools.combinations(range(4), 2)))
+            happened.append("end")
+
+    run(make_slm(), 12, Noting(), batch_size=8)
+    # Ten searches are in flight at the start.
+    assert happened.index("end") <= 5
+
+
+def test_a_search_that_estimates_ends_before_the_next_one_begins_to(make_slm):
+    # So that what a run that is killed loses is not every search's estimates.
+    made: list[int] = []
+
+    class Noting:
+        def propose(self, num_layers: int, rng: random.Random):
+            return self.search(next(numbers))
+
+        def search(self, number: int):
+            yield Generate(((),))
+            for layer in range(3):
+                yield Estimate(((layer,),))
+                made.append(number)
+
+    numbers = itertools.count()
+    run(make_slm(), 10, Noting(), batch_size=4)
+    assert [number for number, _ in itertools.groupby(made)] == list(dict.fromkeys(made))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.slm.likelihood import AnswerBatch, score_configurations
+from dynprune.slm.likelihood import AnswerBatch, estimate_configurations, score_configurations
 from dynprune.slm.pruning import LayerPruner
 
 
@@ -70,6 +70,44 @@ def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make
                 assert scored.nats_B[row].item() == pytest.approx(nats, rel=1e-4, abs=1e-4)
                 assert scored.nats_per_token_B[row].item() == pytest.approx(nats / tokens, rel=1e-4, abs=1e-4)
                 assert (scored.tokens_B[row], scored.right_B[row]) == (tokens, right)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 50, 1000])
+def test_estimates_of_all_configurations_are_those_of_one_sample_alone_in_a_swapped_model(make_slm, stack, tokens, monkeypatch):
+    # Rows of a batch: one, one, three, all; the sample has 15 tokens, and a CPU would take all of them together.
+    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: tokens)
+    slm = make_slm()
+    generator = torch.Generator().manual_seed(0)
+    sample = tuple(torch.randint(0, 250, (length,), generator=generator).tolist() for length in (11, 4))
+    configurations = [c for size in (2, 0, 4, 1, 3) for c in itertools.combinations(range(4), size)] + [(1, 2)]
+    with LayerPruner(slm, stack) as pruner:
+        found = estimate_configurations(slm, pruner, sample, configurations)
+    assert len(found) == 17
+    for configuration, nats in zip(configurations, found, strict=True):
+        want, count, _ = alone(slm, stack, configuration, sample)
+        assert nats == pytest.approx(want / count, rel=1e-4, abs=1e-4)
+
+
+def test_estimates_run_each_branch_of_the_configurations_once(make_slm, stack, monkeypatch):
+    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: 1)
+    slm, runs = make_slm(), [0] * 4
+    # A hook is called for layers that are left out too: what counts is the attention.
+    for index, layer in enumerate(slm.layers):
+        layer.self_attn.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    every = [c for size in range(5) for c in itertools.combinations(range(4), size)]
+    with LayerPruner(slm, stack) as pruner:
+        estimate_configurations(slm, pruner, ([5, 17, 80], [9]), every)
+    # Layer i is kept under one choice for each way to prune the layers below it.
+    assert runs == [1, 2, 4, 8]
+
+
+def test_estimates_leave_the_choice_of_layers_as_it_was(make_slm, stack):
+    slm, ids = make_slm(), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with LayerPruner(slm, stack) as pruner:
+        pruner.prune(torch.tensor([[True, False, False, True], [False, True, False, False]]))
+        before = slm.model(input_ids=ids, use_cache=False).logits
+        estimate_configurations(slm, pruner, ([5, 17, 80], [9]), [(), (2,)])
+        assert torch.equal(slm.model(input_ids=ids, use_cache=False).logits, before)
 
 
 def test_an_answer_is_right_where_greedy_decoding_gives_it(make_slm, stack):

@@ -16,7 +16,7 @@ from dynprune.data.pairs import (
     read_pairs,
     write_pairs,
 )
-from dynprune.data.rollouts import Rollout, RolloutWriter
+from dynprune.data.rollouts import Likelihood, Rollout, RolloutWriter
 
 L = 12
 
@@ -74,6 +74,21 @@ def test_of_two_rollouts_at_most_one_is_better():
         assert (prefers(a, b) or prefers(b, a)) is not tied
         ties += tied
     assert ties > len(rollouts)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "margin", "better"),
+    [
+        (((), 0.5), ((1, 2), 0.75), 0.125, True),
+        (((), 0.5), ((1, 2), 0.75), 0.25, False),
+        (((1, 2), 0.75), ((), 0.5), 0.25, True),
+        (((1, 2), 0.75), ((), 0.5), 0.125, False),
+        (((1,), 0.5), ((2,), 0.75), 0.25, False),
+        (((1,), 0.5), ((2,), 0.75), 0.0, True),
+    ],
+)
+def test_by_likelihood_fewer_nats_win_beyond_the_margin_and_more_layers_within(a, b, margin, better):
+    assert prefers(Likelihood("q", *a), Likelihood("q", *b), margin) is better
 
 
 # Choosing pairs
@@ -161,6 +176,62 @@ def test_pairs_whose_winner_scores_too_little_are_left_out(tmp_path):
     assert {astuple(pair) for pair in read_pairs(tmp_path / "random.parquet")} <= wanted
     with pytest.raises(ValueError, match=r"pairs\.min_winner_score=99"):
         write_pairs(folder, tmp_path / "none.parquet", "all", None, 0, min_winner_score=99)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_by_likelihood_every_configuration_that_was_estimated_is_compared(tmp_path, margin):
+    queries = []
+    for i in range(20):
+        rng = random.Random(i)
+        group = []
+        for rollout in some_rollouts(f"q{i}", 12, seed=i):
+            nats = rng.randrange(8) / 4
+            kinds = [
+                rollout,
+                Rollout(rollout.id, rollout.pruned_layers, rollout.score, "", False, nats),
+                Likelihood(rollout.id, rollout.pruned_layers, nats),
+            ]
+            group.append(rng.choice(kinds))
+        queries.append(group)
+    folder = write_rollouts(tmp_path / "rollouts", queries)
+    counts = write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, -1.0, "likelihood", margin)
+
+    wanted = {
+        (a.id, a.pruned_layers, b.pruned_layers, -a.nats_per_token, -b.nats_per_token)
+        for group in queries
+        for a, b in itertools.permutations([one for one in group if one.nats_per_token is not None], 2)
+        if a.nats_per_token <= 1.0
+        and (
+            b.nats_per_token - a.nats_per_token > margin
+            or (abs(a.nats_per_token - b.nats_per_token) <= margin and len(a.pruned_layers) > len(b.pruned_layers))
+        )
+    }
+    read = [astuple(pair) for pair in read_pairs(tmp_path / "pairs.parquet")]
+    assert set(read) == wanted
+    assert len(read) == len(wanted) == counts.pairs > 300
+    metadata = pq.ParquetFile(tmp_path / "pairs.parquet").schema_arrow.metadata
+    assert metadata[b"dynprune.score"] == b"log_likelihood"
+
+
+def test_by_score_what_was_only_estimated_is_left_out(tmp_path):
+    queries = [some_rollouts(f"q{i}", 9) for i in range(4)]
+    plain = write_rollouts(tmp_path / "plain", queries)
+    mixed = write_rollouts(tmp_path / "mixed", [[Likelihood(group[0].id, (9, 10), 0.1), *group] for group in queries])
+    counts = [write_pairs(folder, tmp_path / f"{folder.name}.parquet", "all", None, 0) for folder in (plain, mixed)]
+    assert counts[0] == counts[1]
+    assert list(read_pairs(tmp_path / "plain.parquet")) == list(read_pairs(tmp_path / "mixed.parquet"))
+
+
+def test_rollouts_without_likelihoods_cannot_be_compared_by_them(tmp_path):
+    folder = write_rollouts(tmp_path / "rollouts", [some_rollouts("q", 9)])
+    with pytest.raises(ValueError, match=r"has a likelihood; type exploration\.estimate_all=true, or pairs\.prefer_by=score"):
+        write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, prefer_by="likelihood")
+    with pytest.raises(ValueError, match=r"pairs\.prefer_by='nats' is unknown; allowed: score, likelihood"):
+        write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, prefer_by="nats")
+    for margin in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"pairs\.margin=.* is negative"):
+            write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, margin=margin)
+    assert not (tmp_path / "pairs.parquet").exists()
 
 
 def test_a_pair_has_the_types_of_a_pair(tmp_path):

@@ -10,11 +10,13 @@ import pytest
 
 from dynprune.data.filtering import keep_successful
 from dynprune.data.rollouts import (
+    Likelihood,
     Rollout,
     RolloutWriter,
     by_query,
     completed_ids,
     read_header,
+    read_likelihoods,
     read_rollouts,
     read_shard,
     shards,
@@ -62,9 +64,9 @@ def test_a_shard_has_the_columns_of_the_thesis_and_says_what_it_is_about(tmp_pat
     writer.append(rollouts_of("a"))
 
     table = pq.read_table(shards(tmp_path)[0])
-    assert table.column_names == ["id", "pruned_layers", "score", "output", "cut"]
+    assert table.column_names == ["id", "pruned_layers", "score", "output", "cut", "nats_per_token"]
     assert table.schema.metadata == {
-        b"dynprune.schema_version": b"1",
+        b"dynprune.schema_version": b"2",
         b"dynprune.num_layers": b"6",
         b"dynprune.score": b"json_match",
     }
@@ -77,6 +79,23 @@ def test_a_shard_larger_than_what_is_read_at_once_is_read_whole(tmp_path, writer
     writer.append(rollouts)
 
     assert list(read_rollouts(tmp_path)) == rollouts
+
+
+def test_rollouts_and_mere_likelihoods_of_a_query_are_read_apart(tmp_path, writer):
+    rollouts = [Rollout("a", (), 1.0, "x", False, 0.25), Rollout("a", (1,), 0.0, "", True), Rollout("b", (2,), 0.5, "y")]
+    writer.append([rollouts[0], Likelihood("a", (3, 4), 1.5), rollouts[1], Likelihood("a", (5,), 0.0)])
+    writer.append(rollouts[2:])
+    writer.append([Likelihood("c", (), 2.0)])
+
+    assert list(read_rollouts(tmp_path)) == rollouts
+    assert list(read_likelihoods(tmp_path)) == [
+        Likelihood("a", (), 0.25),
+        Likelihood("a", (3, 4), 1.5),
+        Likelihood("a", (5,), 0.0),
+        Likelihood("c", (), 2.0),
+    ]
+    assert completed_ids(tmp_path) == {"a", "b", "c"}
+    assert pq.read_table(shards(tmp_path)[0])["score"].to_pylist() == [1.0, None, 0.0, None]
 
 
 def test_appending_nothing_writes_nothing(tmp_path, writer):
@@ -189,6 +208,14 @@ def test_a_score_that_cannot_be_compared_is_refused(tmp_path, writer, score):
     assert shards_in(tmp_path) == 0
 
 
+@pytest.mark.parametrize("nats", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of", [lambda nats: Rollout("a", (), 1.0, "", False, nats), lambda nats: Likelihood("a", (), nats)])
+def test_a_dense_reward_that_cannot_be_compared_is_refused(tmp_path, writer, of, nats):
+    with pytest.raises(ValueError, match="query 'a' has nats_per_token="):
+        writer.append([of(nats)])
+    assert shards_in(tmp_path) == 0
+
+
 def test_a_second_writer_does_not_overwrite_the_first(tmp_path, writer):
     second = reopen(tmp_path)
     writer.append(rollouts_of("a"))
@@ -267,7 +294,7 @@ def test_a_shard_of_others_is_refused(tmp_path):
         reopen(tmp_path)
 
 
-@pytest.mark.parametrize(("version", "reason"), [("2", "schema version 2"), ("1", r"columns \['id'\]")])
+@pytest.mark.parametrize(("version", "reason"), [("1", "schema version 1"), ("2", r"columns \['id'\]")])
 def test_a_shard_of_another_version_or_of_other_columns_is_refused(tmp_path, version, reason):
     path = tmp_path / "rollouts-000000.parquet"
     metadata = {

@@ -6,24 +6,32 @@ import pytest
 
 from dynprune.exploration.dfs import DepthFirstSearch
 from dynprune.exploration.random_search import RandomSearch
+from dynprune.exploration.strategy import Estimate, Generate, estimating_all
+
+
+def drive(proposals, score, nats):
+    """Drives a search to its end; returns its proposals, and the scores and estimates of all that it tried, in order."""
+    made, scores, estimates = [], {}, {}
+    proposal = next(proposals)
+    try:
+        while True:
+            made.append(proposal)
+            assert proposal.configurations, "a proposal may not be empty"
+            assert len(scores) + len(estimates) < 20_000, "the search does not end"
+            known, value = (scores, score) if isinstance(proposal, Generate) else (estimates, nats)
+            for configuration in proposal.configurations:
+                assert configuration not in known, "tried twice"
+                known[configuration] = value(configuration)
+            proposal = proposals.send([known[configuration] for configuration in proposal.configurations])
+    except StopIteration:
+        return made, scores, estimates
 
 
 def search(strategy, num_layers, score, seed=0):
-    """Drives a search to its end; returns its batches and the scores of all that it tried, in order."""
-    proposals = strategy.propose(num_layers, random.Random(seed))
-    batches, scores = [], {}
-    try:
-        batch = next(proposals)
-        while True:
-            batches.append(batch)
-            assert batch, "a batch may not be empty"
-            assert len(scores) < 20_000, "the search does not end"
-            for configuration in batch:
-                assert configuration not in scores, "tried twice"
-                scores[configuration] = score(configuration)
-            batch = proposals.send([scores[configuration] for configuration in batch])
-    except StopIteration:
-        return batches, scores
+    """Drives a search that estimates nothing; returns its batches and the scores of all that it tried, in order."""
+    made, scores, estimates = drive(strategy.propose(num_layers, random.Random(seed)), score, None)
+    assert not estimates
+    return [proposal.configurations for proposal in made], scores
 
 
 def forgiving(configuration):
@@ -277,3 +285,27 @@ def test_random_search_refuses_edges_that_leave_no_layer(num_layers):
 def test_random_search_names_the_key_of_a_setting_that_is_too_small(settings, key):
     with pytest.raises(ValueError, match=rf"exploration\.strategy\.{key}="):
         RandomSearch(**settings)
+
+
+# Estimates of whatever is generated
+
+
+@pytest.mark.parametrize("strategy", [DepthFirstSearch(max_scenarios=30), RandomSearch(stop_below=0.0)])
+def test_a_search_that_estimates_all_generates_as_before_and_estimates_each_configuration_at_the_end(strategy):
+    batches, plain = search(strategy, 12, rugged, seed=5)
+    made, scores, estimates = drive(estimating_all(strategy.propose(12, random.Random(5))), rugged, len)
+
+    assert scores == plain
+    assert [proposal.configurations for proposal in made[:-1]] == batches
+    assert made[-1] == Estimate(tuple(plain))
+    assert list(estimates) == list(plain)
+
+
+def test_what_a_search_estimated_itself_is_not_estimated_again():
+    def proposals():
+        yield Generate(((),))
+        assert (yield Estimate(((1,), (2,)))) == [10.0, 20.0]
+        assert (yield Generate(((2,), (3,)))) == [0.2, 0.3]
+
+    made, *_ = drive(estimating_all(proposals()), lambda c: sum(c) / 10, lambda c: 10.0 * sum(c))
+    assert made[1:] == [Estimate(((1,), (2,))), Generate(((2,), (3,))), Estimate(((), (3,)))]

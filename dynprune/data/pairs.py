@@ -1,15 +1,17 @@
 """Preference pairs: of two configurations tried on the same query, which is the better one.
 
 A beats B if its score is higher, or the scores are equal and it prunes more layers; otherwise there is no
-pair. On disk: one parquet file with the thesis's columns id, winner_pruned_layers, loser_pruned_layers,
-winner_score, loser_score, the pairs of a query one after another, and in the metadata the header of the
-rollouts.
+pair. Instead of the score the likelihood of the reference answer may decide, as log-likelihood in nats a
+token: it compares configurations that were only estimated too, and tells two failures apart. Scores that
+differ by no more than a margin count as equal. On disk: one parquet file with the thesis's columns id,
+winner_pruned_layers, loser_pruned_layers, winner_score, loser_score, the pairs of a query one after another,
+and in the metadata the header of the rollouts, its score named ``log_likelihood`` where that decided.
 """
 
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 
 from dynprune.atomic import replacing
 from dynprune.data.parquet import open_parquet, with_header
-from dynprune.data.rollouts import Rollout, by_query, read_header, read_rollouts
+from dynprune.data.rollouts import Tried, by_query, read_header, read_likelihoods, read_rollouts
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -29,6 +31,7 @@ PAIR_SCHEMA = pa.schema(
         pa.field("loser_score", pa.float64(), nullable=False),
     ]
 )
+LOG_LIKELIHOOD = "log_likelihood"
 # Small enough that a shuffle buffer spans many row groups, and so many queries.
 _ROWS_PER_GROUP = 1024
 
@@ -41,8 +44,8 @@ class PreferencePair:
         id: The query's id.
         winner_pruned_layers: The better configuration, in ascending order.
         loser_pruned_layers: The other one, in ascending order.
-        winner_score: Score of the better one.
-        loser_score: Score of the other one.
+        winner_score: Score of the better one, or its log-likelihood where that decided.
+        loser_score: The same of the other one.
     """
 
     id: str
@@ -59,7 +62,7 @@ class PairCounts:
     Attributes:
         queries: Queries with rollouts.
         queries_with_pairs: Queries among them that gave a pair.
-        rollouts: Rollouts read.
+        rollouts: Rollouts, or likelihoods, read.
         pairs: Pairs written.
     """
 
@@ -69,36 +72,45 @@ class PairCounts:
     pairs: int
 
 
-def prefers(a: Rollout, b: Rollout) -> bool:
-    """Tell whether a beats b: a higher score, or an equal score and more layers pruned."""
-    return (a.score, len(a.pruned_layers)) > (b.score, len(b.pruned_layers))
+def prefers(a: Tried, b: Tried, margin: float = 0.0) -> bool:
+    """Tell whether a beats b: a score higher by more than the margin, or one within the margin and more layers pruned."""
+    better = a.score - b.score
+    return better > margin or (abs(better) <= margin and len(a.pruned_layers) > len(b.pruned_layers))
 
 
-def all_pairs(rollouts: Sequence[Rollout], min_winner_score: float | None = None) -> Iterator[PreferencePair]:
-    """Pair each two rollouts of which one beats the other.
+def all_pairs(
+    rollouts: Sequence[Tried], min_winner_score: float | None = None, margin: float = 0.0
+) -> Iterator[PreferencePair]:
+    """Pair each two rollouts, or likelihoods, of which one beats the other.
 
     Args:
-        rollouts: All rollouts of one query.
+        rollouts: All rollouts, or all likelihoods, of one query.
         min_winner_score: Leave out pairs whose winner scores less; ``None`` leaves out none.
+        margin: Scores that differ by no more than this count as equal.
     """
     for a, b in itertools.combinations(rollouts, 2):
-        winner, loser = (a, b) if prefers(a, b) else (b, a)
-        if prefers(winner, loser) and (min_winner_score is None or winner.score >= min_winner_score):
-            yield _pair(winner, loser)
+        winner, loser = (a, b) if prefers(a, b, margin) else (b, a)
+        if prefers(winner, loser, margin) and (min_winner_score is None or winner.score >= min_winner_score):
+            yield PreferencePair(winner.id, winner.pruned_layers, loser.pruned_layers, winner.score, loser.score)
 
 
 def random_pairs(
-    rollouts: Sequence[Rollout], count: int, rng: random.Random, min_winner_score: float | None = None
+    rollouts: Sequence[Tried],
+    count: int,
+    rng: random.Random,
+    min_winner_score: float | None = None,
+    margin: float = 0.0,
 ) -> list[PreferencePair]:
     """Draw some of `all_pairs`, uniformly and each at most once.
 
     Args:
-        rollouts: All rollouts of one query.
+        rollouts: All rollouts, or all likelihoods, of one query.
         count: How many; all there are where they are fewer.
         rng: Draws them.
         min_winner_score: As for `all_pairs`.
+        margin: As for `all_pairs`.
     """
-    pairs = list(all_pairs(rollouts, min_winner_score))
+    pairs = list(all_pairs(rollouts, min_winner_score, margin))
     return rng.sample(pairs, min(count, len(pairs)))
 
 
@@ -109,6 +121,8 @@ def write_pairs(
     count: int | None,
     seed: int,
     min_winner_score: float | None = None,
+    prefer_by: Literal["score", "likelihood"] = "score",
+    margin: float = 0.0,
 ) -> PairCounts:
     """Turn the rollouts of each query into preference pairs, a query at a time.
 
@@ -119,10 +133,12 @@ def write_pairs(
         count: Pairs of a query for ``random``, else ``None``.
         seed: Seed of the draws; those of a query depend on it and on the query's id alone.
         min_winner_score: As for `all_pairs`.
+        prefer_by: What decides: the score, or the likelihood of the reference answer.
+        margin: As for `all_pairs`.
 
     Raises:
-        ValueError: The strategy is unknown or does not go with the count, the rollouts cannot be read, or no
-            query gives a pair.
+        ValueError: The strategy is unknown or does not go with the count, what decides is unknown or the margin
+            negative, the rollouts cannot be read, or no query gives a pair.
     """
     if strategy not in ("all", "random"):
         raise ValueError(f"pairs.strategy={strategy!r} is unknown; allowed: all, random")
@@ -131,14 +147,25 @@ def write_pairs(
     if strategy == "all" and count is not None:
         raise ValueError(f"pairs.count={count} does not go with pairs.strategy=all; allowed: null")
 
+    if prefer_by not in ("score", "likelihood"):
+        raise ValueError(f"pairs.prefer_by={prefer_by!r} is unknown; allowed: score, likelihood")
+    if not margin >= 0:
+        raise ValueError(f"pairs.margin={margin} is negative; allowed: 0 or more")
+
     header = read_header(rollouts)
+    if prefer_by == "likelihood":
+        header = replace(header, score=LOG_LIKELIHOOD)
+    groups: Iterator[Sequence[Tried]] = (
+        by_query(read_rollouts(rollouts)) if prefer_by == "score" else by_query(read_likelihoods(rollouts))
+    )
     queries = queries_with_pairs = rollouts_read = pairs_written = 0
     with replacing(path) as temporary, _PairSink(temporary, with_header(PAIR_SCHEMA, header)) as sink:
-        for group in by_query(read_rollouts(rollouts)):
+        for group in groups:
             if count is None:
-                pairs = list(all_pairs(group, min_winner_score))
+                pairs = list(all_pairs(group, min_winner_score, margin))
             else:
-                pairs = random_pairs(group, count, random.Random(f"{seed}-{group[0].id}"), min_winner_score)
+                rng = random.Random(f"{seed}-{group[0].id}")
+                pairs = random_pairs(group, count, rng, min_winner_score, margin)
             sink.write(pairs)
             queries += 1
             queries_with_pairs += bool(pairs)
@@ -146,6 +173,11 @@ def write_pairs(
             pairs_written += len(pairs)
         if not pairs_written:
             too_low = "" if min_winner_score is None else f", or score less than pairs.min_winner_score={min_winner_score}"
+            if not queries:
+                raise ValueError(
+                    f"no configuration in {rollouts} has a likelihood; type exploration.estimate_all=true, "
+                    "or pairs.prefer_by=score"
+                )
             raise ValueError(
                 f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
                 f"do not differ in score or size{too_low}; explore more configurations or queries"
@@ -199,7 +231,3 @@ class _PairSink:
     def _flush(self, pairs: Sequence[PreferencePair]) -> None:
         if pairs:
             self._writer.write_table(pa.Table.from_pylist([vars(pair) for pair in pairs], schema=self._schema))
-
-
-def _pair(winner: Rollout, loser: Rollout) -> PreferencePair:
-    return PreferencePair(winner.id, winner.pruned_layers, loser.pruned_layers, winner.score, loser.score)

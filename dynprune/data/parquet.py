@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _VERSION_KEY, _LAYERS_KEY, _SCORE_KEY = b"dynprune.schema_version", b"dynprune.num_layers", b"dynprune.score"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 A shard holds all rollouts of some queries, a query's rows one after another, and it is there as a whole or
 not at all. So a query is complete or absent, and a run that is killed loses only the queries in flight.
-Columns, as in the thesis: id, pruned_layers, score, output; and whether the output was cut. The number of
-layers and the score's name stand in each file's metadata.
+Columns, as in the thesis: id, pruned_layers, score, output; whether the output was cut; and nats_per_token,
+null where the dense reward was not asked for. A configuration that was only estimated has a row as well,
+without score, output and cut: there are many more of these, and a likelihood is worth learning from as much
+as a score. `read_rollouts` leaves them out, so that a score is always one; `read_likelihoods` reads every row
+that has a dense reward. The number of layers and the score's name stand in each file's metadata.
 """
 
 import itertools
@@ -13,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,9 +29,10 @@ _SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("pruned_layers", pa.list_(pa.int32()), nullable=False),
-        pa.field("score", pa.float64(), nullable=False),
-        pa.field("output", pa.string(), nullable=False),
-        pa.field("cut", pa.bool_(), nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("output", pa.string()),
+        pa.field("cut", pa.bool_()),
+        pa.field("nats_per_token", pa.float64()),
     ]
 )
 _ROWS_AT_ONCE = 1024
@@ -43,6 +48,7 @@ class Rollout:
         score: The output's score.
         output: What the pruned SLM answered.
         cut: Whether the output was cut because its score was certain already.
+        nats_per_token: Negative log-likelihood of the reference answer, in nats a token; ``None`` where it was not estimated.
     """
 
     id: str
@@ -50,6 +56,32 @@ class Rollout:
     score: float
     output: str
     cut: bool = False
+    nats_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely the SLM finds the reference answer of one query under one configuration.
+
+    Attributes:
+        id: The query's id.
+        pruned_layers: The configuration, in ascending order.
+        nats_per_token: Negative log-likelihood of the reference answer, in nats a token.
+    """
+
+    id: str
+    pruned_layers: tuple[int, ...]
+    nats_per_token: float
+
+    @property
+    def score(self) -> float:
+        """The log-likelihood, in nats a token: more is better, as for the score of a rollout."""
+        return -self.nats_per_token
+
+
+# What a search finds out about one configuration.
+Tried = Rollout | Likelihood
+OneKind = TypeVar("OneKind", Rollout, Likelihood)
 
 
 class RolloutWriter:
@@ -83,11 +115,12 @@ class RolloutWriter:
         self.completed_ids = completed_ids(folder)
         self._next = 1 + int(paths[-1].stem.rpartition("-")[2]) if paths else 0
 
-    def append(self, rollouts: Sequence[Rollout], place: int | None = None) -> None:
+    def append(self, rollouts: Sequence[Tried], place: int | None = None) -> None:
         """Write one shard; when this returns, it is on the disk.
 
         Args:
-            rollouts: All rollouts of some queries, each query's one after another; none writes nothing.
+            rollouts: All rollouts of some queries, and the likelihoods of configurations that were only estimated, each
+                query's one after another; none writes nothing.
             place: Where the shard stands among all, so that their order does not depend on which query ends first; ``None``
                 puts it behind the last.
 
@@ -172,7 +205,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_shard(path: Path) -> Iterator[Rollout]:
-    """Read one shard, some rows at a time.
+    """Read the rollouts of one shard, some rows at a time.
 
     Args:
         path: The shard.
@@ -180,10 +213,9 @@ def read_shard(path: Path) -> Iterator[Rollout]:
     Raises:
         ValueError: It is missing, broken or not a shard.
     """
-    with open_parquet(path, _SCHEMA) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                yield Rollout(row["id"], tuple(row["pruned_layers"]), row["score"], row["output"], row["cut"])
+    for row in _rows(path):
+        if row["score"] is not None:
+            yield Rollout(**row | {"pruned_layers": tuple(row["pruned_layers"])})
 
 
 def read_rollouts(folder: Path) -> Iterator[Rollout]:
@@ -199,14 +231,35 @@ def read_rollouts(folder: Path) -> Iterator[Rollout]:
         yield from read_shard(path)
 
 
-def by_query(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
-    """Gather the rollouts of each query.
+def read_likelihoods(folder: Path) -> Iterator[Likelihood]:
+    """Read the dense rewards of a folder, those of rollouts too, some rows at a time, in their order.
+
+    Args:
+        folder: A folder that `RolloutWriter` wrote.
+
+    Raises:
+        ValueError: The folder holds no rollouts, or a shard is broken.
+    """
+    for path in shards(folder):
+        for row in _rows(path):
+            if row["nats_per_token"] is not None:
+                yield Likelihood(row["id"], tuple(row["pruned_layers"]), row["nats_per_token"])
+
+
+def by_query(rollouts: Iterable[OneKind]) -> Iterator[list[OneKind]]:
+    """Gather the rollouts, or likelihoods, of each query.
 
     Args:
         rollouts: Rollouts, each query's one after another.
     """
     for _, group in itertools.groupby(rollouts, key=lambda rollout: rollout.id):
         yield list(group)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open_parquet(path, _SCHEMA) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -222,12 +275,14 @@ def _check_header(path: Path, found: Header, expected: Header) -> None:
             )
 
 
-def _check_rollout(rollout: Rollout, num_layers: int) -> None:
+def _check_rollout(rollout: Tried, num_layers: int) -> None:
     layers = rollout.pruned_layers
     if list(layers) != sorted(set(layers).intersection(range(num_layers))):
         raise ValueError(
             f"a rollout of query {rollout.id!r} has pruned_layers={list(layers)}; allowed: numbers from 0 to "
             f"{num_layers - 1} in ascending order, none twice"
         )
-    if not math.isfinite(rollout.score):
-        raise ValueError(f"a rollout of query {rollout.id!r} has score={rollout.score}; allowed: finite numbers")
+    for name in ("nats_per_token", "score"):
+        value = getattr(rollout, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"a rollout of query {rollout.id!r} has {name}={value}; allowed: finite numbers")

@@ -20,7 +20,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynprune.exploration.strategy import Configuration, Proposals, check_at_least
+from dynprune.exploration.strategy import Configuration, Generate, Proposals, check_at_least, children, layers_to_prune
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,11 @@ class DepthFirstSearch:
         Raises:
             ValueError: There is no such layer to exclude, or no layer is left.
         """
-        unknown = [layer for layer in self.excluded_layers if layer not in range(num_layers)]
-        if unknown:
-            raise ValueError(
-                f"exploration.strategy.excluded_layers names {unknown}, which the SLM does not have; "
-                f"allowed: 0 to {num_layers - 1}"
-            )
-        layers = [layer for layer in range(num_layers) if layer not in self.excluded_layers]
-        if not layers:
-            raise ValueError(
-                f"exploration.strategy.excluded_layers leaves none of the {num_layers} layers to prune; exclude fewer"
-            )
-        return self._search(layers, rng)
+        return self._search(layers_to_prune(num_layers, self.excluded_layers), rng)
 
     def _search(self, layers: Sequence[int], rng: random.Random) -> Proposals:
         root: Configuration = ()
-        (score,) = yield (root,)
+        (score,) = yield Generate((root,))
         if self.require_success is None or score >= self.require_success:
             yield from self._search_below(root, score, self.branch_factor, layers, rng, {root})
 
@@ -95,8 +84,7 @@ class DepthFirstSearch:
         tried: set[Configuration],
     ) -> Proposals:
         """Search below a node, and note in `tried` what is proposed."""
-        children = (tuple(sorted((*node, layer))) for layer in layers if layer not in node)
-        untried = [child for child in children if child not in tried]
+        untried = [child for child in children(node, layers) if child not in tried]
         drawn = rng.sample(untried, min(branch_factor, len(untried)))
         for start in range(0, len(drawn), self.children_at_once):
             # What is tried in between, below the siblings, is larger: no child of this node is among it.
@@ -104,7 +92,7 @@ class DepthFirstSearch:
             if not siblings:
                 return
             tried.update(siblings)
-            scores = yield tuple(siblings)
+            scores = yield Generate(tuple(siblings))
             best_first = sorted(zip(scores, siblings, strict=True), key=lambda pair: pair[0], reverse=True)
             for child_score, child in best_first:
                 if child_score >= score:

@@ -1,24 +1,31 @@
 """The rollout engine: drives one search per query, many at once, so that batches fill across queries.
 
-Each configuration that a search proposes is generated with drafts: what other configurations have answered to the same query,
-the most frequent answers first, and before there are any the reference answer. See `dynprune.slm.generation` on why the
+Each configuration that a search wants generated is generated with drafts: what other configurations have answered to the same
+query, the most frequent answers first, and before there are any the reference answer. See `dynprune.slm.generation` on why the
 outputs are those of plain greedy decoding. An output is cut where its score is certain to be 0 already, see
 `dynprune.metrics.certainty`.
+
+What a search wants estimated fills batches of its own, see `estimate_configurations`, so one search's estimates are made at a
+time, those of the search that has waited longest, up to its next generation or its end. That happens whenever generation has
+less than a batch to do: so its batches stay full, and searches end one after another, where estimates first would keep every
+search's generations waiting for the estimates of all. None waits without end, since each search in flight has a budget, and no
+search is started while another waits for estimates.
 """
 
 import itertools
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from dynprune.data.prompts import answer_tokens, prompt_tokens
-from dynprune.data.rollouts import Rollout
+from dynprune.data.rollouts import Likelihood, Rollout, Tried
 from dynprune.data.tasks import Query
-from dynprune.exploration.strategy import Configuration, Proposals, Strategy
+from dynprune.exploration.strategy import Configuration, Estimate, Proposal, Proposals, Strategy, estimating_all
 from dynprune.slm.generation import GenerationQueue, Request
+from dynprune.slm.likelihood import estimate_configurations
 from dynprune.slm.loading import SLM
 from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner
@@ -30,16 +37,29 @@ _MOST_DRAFTS = 4
 
 @dataclass
 class _Search:
-    """One query's search under way; `outputs` are those of the configurations that were proposed last."""
+    """One query's search under way.
+
+    Attributes:
+        query: The query.
+        prompt: Its tokens.
+        answer: The reference answer's tokens, without a stop token.
+        max_new_tokens: Limit of an output.
+        proposals: The search.
+        drafts: How often each output was generated.
+        pending: What was proposed last; ``None`` where the search has ended.
+        outputs: Rollouts of the configurations that were proposed last.
+        tried: All that is known of each configuration, in the order in which they were proposed first.
+    """
 
     query: Query
     prompt: tuple[int, ...]
+    answer: tuple[int, ...]
     max_new_tokens: int
     proposals: Proposals
     drafts: Counter[tuple[int, ...]]
-    pending: tuple[Configuration, ...] = ()
+    pending: Proposal | None
     outputs: dict[Configuration, Rollout] = field(default_factory=dict)
-    rollouts: list[Rollout] = field(default_factory=list)
+    tried: dict[Configuration, Tried] = field(default_factory=dict)
 
 
 def explore(
@@ -53,14 +73,15 @@ def explore(
     batch_size: int,
     shared_bytes: int,
     seed: int,
-) -> Iterator[list[Rollout]]:
+    estimate_all: bool = False,
+) -> Iterator[list[Tried]]:
     """Searches configurations for each query.
 
     Args:
         slm: The SLM.
         pruner: Its pruner with adapters, entered.
         queries: The queries.
-        strategy: Proposes configurations for one query and receives their scores.
+        strategy: Proposes configurations for one query and receives their scores or dense rewards.
         score: Scores an output of the SLM.
         lost: Whether the beginning of an output is certain to score 0; it is cut there. ``None`` cuts nothing.
         max_tokens_margin: Outputs may have so many times the tokens of the query's reference answer: an SLM that a
@@ -68,29 +89,38 @@ def explore(
         batch_size: Configurations generated together, over all queries.
         shared_bytes: Memory for what configurations of one query share.
         seed: Seed of the searches; each query's search depends on it and on the query's id alone.
+        estimate_all: Whether whatever the strategy generates gets a dense reward beside its score.
 
     Yields:
-        All rollouts of one query, as soon as its search ends; not in the order of the queries.
+        All rollouts of one query, and the likelihoods of configurations that were estimated only, as soon as its search ends;
+        not in the order of the queries.
     """
     queue = GenerationQueue(slm, pruner, batch_size, PromptStates(shared_bytes))
     waiting = iter(queries)
     numbers = itertools.count()
     owner_of: dict[int, tuple[_Search, Configuration]] = {}
+    # Searches that wait for estimates, the one that waits longest first.
+    estimating: deque[_Search] = deque()
 
     def submit(search: _Search) -> None:
+        assert search.pending is not None
+        if isinstance(search.pending, Estimate):
+            estimating.append(search)
+            return
         drafts = tuple(draft for draft, _ in search.drafts.most_common(_MOST_DRAFTS))
         give_up = None if lost is None else partial(_is_lost, slm, search.query, lost)
-        for configuration in search.pending:
+        for configuration in search.pending.configurations:
             number = next(numbers)
             owner_of[number] = (search, configuration)
             queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, drafts, give_up))
 
     def start_searches() -> None:
-        while len(owner_of) < _SEARCHES_A_ROW * batch_size and (query := next(waiting, None)) is not None:
-            submit(_start(slm, query, strategy, max_tokens_margin, seed))
+        while not estimating and len(owner_of) < _SEARCHES_A_ROW * batch_size and (query := next(waiting, None)) is not None:
+            submit(_start(slm, query, strategy, max_tokens_margin, seed, estimate_all))
 
-    start_searches()
-    for number, continuation in queue:
+    def generate() -> _Search | None:
+        """Waits for the next output; the search that it belongs to, if it wanted no other."""
+        number, continuation = next(generated)
         search, configuration = owner_of.pop(number)
         output = slm.decode(continuation.token_ids)
         if continuation.cut:
@@ -100,11 +130,28 @@ def explore(
             search.query.id, configuration, score(output, search.query), output, continuation.cut
         )
         search.drafts[continuation.token_ids] += 1
-        if len(search.outputs) == len(search.pending):
-            _propose_again(search)
+        assert search.pending is not None
+        if len(search.outputs) < len(search.pending.configurations):
+            return None
+        _take_scores(search)
+        return search
+
+    def estimate() -> _Search:
+        """Makes estimates for the search that has waited longest, as long as it wants nothing else."""
+        search = estimating.popleft()
+        while isinstance(search.pending, Estimate):
+            wanted = search.pending.configurations
+            _take_estimates(search, estimate_configurations(slm, pruner, (search.prompt, search.answer), wanted))
+        return search
+
+    generated = iter(queue)
+    start_searches()
+    while owner_of or estimating:
+        search = estimate() if estimating and len(owner_of) < batch_size else generate()
+        if search is not None and search.pending is None:
+            yield list(search.tried.values())
+        elif search is not None:
             submit(search)
-            if not search.pending:
-                yield search.rollouts
         start_searches()
 
 
@@ -117,13 +164,16 @@ def _is_lost(slm: SLM, query: Query, lost: Callable[[str, Query], bool], token_i
     return lost(slm.decode(token_ids), query)
 
 
-def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float, seed: int) -> _Search:
+def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float, seed: int, estimate_all: bool) -> _Search:
     # The builtin hash of a string differs from process to process; Random seeds from the text itself.
     proposals = strategy.propose(slm.num_layers, random.Random(f"{seed}-{query.id}"))
+    if estimate_all:
+        proposals = estimating_all(proposals)
     reference = answer_tokens(slm.tokenizer, query)
     return _Search(
         query=query,
         prompt=prompt_tokens(slm.tokenizer, query),
+        answer=reference,
         max_new_tokens=max_new_tokens(slm, query, max_tokens_margin),
         proposals=proposals,
         # Never seen, so whatever has been seen comes first.
@@ -132,12 +182,36 @@ def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float,
     )
 
 
-def _propose_again(search: _Search) -> None:
-    """Sends the scores of what was proposed, in that order."""
-    rollouts = [search.outputs[configuration] for configuration in search.pending]
-    search.rollouts += rollouts
-    search.outputs = {}
+def _take_scores(search: _Search) -> None:
+    """Keeps the outputs of what was proposed and sends their scores, in that order."""
+    assert search.pending is not None
+    scores = []
+    for configuration in search.pending.configurations:
+        rollout = search.outputs.pop(configuration)
+        if (estimated := search.tried.get(configuration)) is not None:
+            assert isinstance(estimated, Likelihood), "no configuration is generated twice"
+            rollout = replace(rollout, nats_per_token=estimated.nats_per_token)
+        search.tried[configuration] = rollout
+        scores.append(rollout.score)
+    _propose_again(search, scores)
+
+
+def _take_estimates(search: _Search, nats: Sequence[float]) -> None:
+    """Keeps the estimates of what was proposed and sends them."""
+    assert search.pending is not None
+    for configuration, nats_per_token in zip(search.pending.configurations, nats, strict=True):
+        rollout = search.tried.get(configuration)
+        assert not isinstance(rollout, Likelihood), "no configuration is estimated twice"
+        search.tried[configuration] = (
+            Likelihood(search.query.id, configuration, nats_per_token)
+            if rollout is None
+            else replace(rollout, nats_per_token=nats_per_token)
+        )
+    _propose_again(search, nats)
+
+
+def _propose_again(search: _Search, answers: Sequence[float]) -> None:
     try:
-        search.pending = search.proposals.send([rollout.score for rollout in rollouts])
+        search.pending = search.proposals.send(answers)
     except StopIteration:
-        search.pending = ()
+        search.pending = None

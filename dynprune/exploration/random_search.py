@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dynprune.exploration.strategy import Configuration, Proposals, check_at_least
+from dynprune.exploration.strategy import Configuration, Generate, Proposals, check_at_least
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RandomSearch:
         return self._search(layers, rng)
 
     def _search(self, layers: Sequence[int], rng: random.Random) -> Proposals:
-        (score,) = yield ((),)
+        (score,) = yield Generate(((),))
         if self.require_success is not None and score < self.require_success:
             return
         tried = 1
@@ -81,7 +81,7 @@ class RandomSearch:
                 return
             batch = _draw(layers, size, count, rng)
             tried += len(batch)
-            scores = yield batch
+            scores = yield Generate(batch)
             if fmean(scores) < self.stop_below:
                 return
 

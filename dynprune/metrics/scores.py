@@ -9,6 +9,7 @@ from torchmetrics import Metric, MetricCollection
 from dynprune.data.tasks import Query
 from dynprune.metrics.ast_match import ast_match
 from dynprune.metrics.function_calls import (
+    PARTIAL_MATCH_RANGE,
     exact_match,
     json_match,
     name_match,
@@ -45,6 +46,15 @@ def get_score(name: str) -> Score:
     if name not in SCORES:
         raise ValueError(f"there is no score {name!r}; the scores are {', '.join(SCORES)}")
     return SCORES[name]
+
+
+def perfect_score(name: str) -> float:
+    """What a score gives a perfect answer.
+
+    Args:
+        name: A key of `SCORES`.
+    """
+    return PARTIAL_MATCH_RANGE[1] if name == "partial_match" else 1.0
 
 
 class MeanScore(Metric):

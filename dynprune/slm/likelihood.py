@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynprune.slm.loading import SLM
-from dynprune.slm.pruning import LayerPruner, starting_at
+from dynprune.slm.prompt_states import tokens_at_once
+from dynprune.slm.pruning import LayerPruner, configuration_mask, starting_at
 
 _IGNORED = -100
 
@@ -170,6 +171,45 @@ def score_configurations(
             inputs[first:] = deeper
             before = configurations[c]
         yield positions, [scores[c] for c in range(len(configurations))]
+
+
+def estimate_configurations(
+    slm: SLM, pruner: LayerPruner, sample: Answered, configurations: Sequence[Sequence[int]]
+) -> list[float]:
+    """Dense rewards of configurations on one sample, as rows of batches with a configuration for each row.
+
+    What a layer makes of the sample depends on the layers below it that are pruned, so the configurations form a tree, and they
+    are run in its order: each batch starts at the first layer in which one of its rows differs from the row before the batch.
+    On a CPU a row of some hundred tokens is a batch, and each branch of the tree is run once.
+
+    Args:
+        slm: The SLM.
+        pruner: Its pruner with adapters, entered; what it prunes is the same afterwards.
+        sample: Prompt and reference answer.
+        configurations: C configurations, pruned layers in ascending order.
+
+    Returns:
+        Nats a token of the answer and its stop token under each of the C configurations.
+    """
+    mask_CL = configuration_mask(slm, configurations)
+    order = sorted(range(len(configurations)), key=lambda c: mask_CL[c].tolist())
+    rows_at_once = max(1, tokens_at_once(slm) // sum(map(len, sample)))
+    nats: dict[int, float] = {}
+    # What goes into each layer for the last row that was run.
+    inputs: list[Tensor] = []
+    before: Sequence[int] = ()
+    with pruner.restored():
+        for start in range(0, len(order), rows_at_once):
+            rows = order[start : start + rows_at_once]
+            first = min(_first_difference(before, configurations[c], slm.num_layers - 1) for c in rows) if inputs else 0
+            pruner.prune(mask_CL[rows])
+            batch = AnswerBatch.of(slm, [sample] * len(rows))
+            deeper, scores = batch.run(slm, first, inputs[first].expand(len(rows), -1, -1) if inputs else None)
+            nats.update(zip(rows, scores.nats_per_token_B.tolist(), strict=True))
+            # Copied: a view would keep the rows of the whole batch.
+            inputs[first:] = [input_BTd[-1:].clone() for input_BTd in deeper]
+            before = configurations[rows[-1]]
+    return [nats[c] for c in range(len(configurations))]
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int], last: int) -> int:

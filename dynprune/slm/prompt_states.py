@@ -30,6 +30,11 @@ _TOKENS_AT_ONCE = {"cpu": 256}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
 
 
+def tokens_at_once(slm: SLM) -> int:
+    """Tokens of a pass beyond which more rows together are not faster, by the token, on the SLM's device."""
+    return _TOKENS_AT_ONCE.get(slm.device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+
+
 @dataclass(frozen=True)
 class _Node:
     """The output of one layer for one prompt, (T, d), and its keys and values, ``None`` where it is pruned."""
@@ -84,7 +89,7 @@ class PromptStates:
         Returns:
             For each prompt its keys and values by layer, ``None`` where pruned.
         """
-        limit = _TOKENS_AT_ONCE.get(slm.device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+        limit = tokens_at_once(slm)
         # A prompt's configurations in the order of the tree, so that each finds what it shares with the one before.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], configurations[i]))
         states: dict[int, list[KeyValues | None]] = {}

@@ -135,6 +135,15 @@ class LayerPruner:
         self._batch = None
         self._rows = [_ALL_PRUNE if pruned else _ALL_KEEP for pruned in mask_L]
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Lets other layers be pruned in between: afterwards the choice that was in force before is again."""
+        before = self._rows, self._batch
+        try:
+            yield
+        finally:
+            self._rows, self._batch = before
+
     def _pruned_forward(self, index: int, base: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_BTd: Tensor, *args: Any, **kwargs: Any) -> Any:
             rows = self._rows[index]

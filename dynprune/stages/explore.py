@@ -1,9 +1,11 @@
 """The stage ``explore``: tries configurations on queries and keeps every rollout."""
 
+import json
 import logging
 import traceback
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -15,17 +17,20 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dynprune.artifacts import Artifact
-from dynprune.data.rollouts import Rollout, RolloutWriter
+from dynprune.atomic import replacing
+from dynprune.data.rollouts import RolloutWriter, Tried, read_likelihoods, read_rollouts
 from dynprune.data.tasks import Query
 from dynprune.exploration.engine import explore as explore_queries
+from dynprune.exploration.statistics import exploration_statistics, statistics_lines
 from dynprune.metrics.certainty import LOST
-from dynprune.metrics.scores import get_score
+from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.stages.adapters import adapters, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, once_a_run, plain, portable_config
 
 log = logging.getLogger(__name__)
-VERSION = 2
+VERSION = 3
+STATISTICS = "statistics.json"
 # A process takes some 20 s to start, in which so many queries could have been explored.
 _LEAST_QUERIES = 50
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -39,7 +44,7 @@ _LIMITS = {
 
 @once_a_run
 def explore(run: Run, split: str = "train") -> Artifact:
-    """Makes the rollouts of one split: parquet shards, each with all rollouts of some queries.
+    """Makes the rollouts of one split: parquet shards, each with all rollouts of some queries, and their statistics.
 
     Args:
         run: The run.
@@ -56,13 +61,15 @@ def explore(run: Run, split: str = "train") -> Artifact:
         "strategy": plain(settings.strategy),
         "score": settings.score,
         "max_tokens_margin": settings.max_tokens_margin,
+        "estimate_all": settings.estimate_all,
         "seed": run.config.seed,
     }
     upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
 
     def build(folder: Path) -> dict[str, Any]:
         writer = RolloutWriter(folder, num_layers=run.slm.num_layers, score=settings.score)
-        done = writer.completed_ids
+        # A copy: the writer adds to its own.
+        done = set(writer.completed_ids)
         left = [query for query in queries if query.id not in done]
         processes = min(run.config.hardware.explore_processes, len(left) // _LEAST_QUERIES)
         searches = (
@@ -75,14 +82,23 @@ def explore(run: Run, split: str = "train") -> Artifact:
         with closing(searches):
             for rollouts in track(searches, f"exploring {split} queries", len(left)):
                 writer.append(rollouts, place_of[rollouts[0].id])
+        _write_statistics(folder, perfect_score(settings.score))
         return {"queries": len(queries), "resumed_queries": len(done)}
 
     return run.store.get_or_build("explore", VERSION, config, digest(queries), upstream, build, resumable=True)
 
 
+def _write_statistics(folder: Path, min_score: float) -> None:
+    """Writes what was tried beside the shards, and logs it."""
+    statistics = exploration_statistics(read_rollouts(folder), read_likelihoods(folder), min_score)
+    with replacing(folder / STATISTICS) as temporary:
+        temporary.write_text(json.dumps(asdict(statistics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    log.info("explored %s", "\n".join(statistics_lines(statistics)))
+
+
 def _explored(
     run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_bytes: int
-) -> Generator[list[Rollout], None, None]:
+) -> Generator[list[Tried], None, None]:
     settings = run.config.exploration
     with pruner_of(run, artifact) as pruner:
         yield from explore_queries(
@@ -96,12 +112,13 @@ def _explored(
             run.config.hardware.batch_size,
             shared_bytes,
             run.config.seed,
+            settings.estimate_all,
         )
 
 
 def _explored_in_processes(
     run: Run, artifact: Artifact | None, queries: Sequence[Query], processes: int
-) -> Generator[list[Rollout], None, None]:
+) -> Generator[list[Tried], None, None]:
     """Shares queries, threads and memory out to processes, each with an SLM of its own.
 
     Raises:
@@ -110,7 +127,7 @@ def _explored_in_processes(
     # What is wrong with the strategy's settings is said here, not by each process.
     instantiate(run.config.exploration.strategy)
     context = get_context("spawn")
-    results: Queue[tuple[int, list[Rollout] | str | None]] = context.Queue()
+    results: Queue[tuple[int, list[Tried] | str | None]] = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     shared_bytes = run.shared_bytes // processes
     workers = {
@@ -158,7 +175,7 @@ def _work(
     shared_bytes: int,
     threads: int,
     number: int,
-    results: "Queue[tuple[int, list[Rollout] | str | None]]",
+    results: "Queue[tuple[int, list[Tried] | str | None]]",
 ) -> None:
     """What one of several processes does: explores its share and sends the rollouts of each query."""
     torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from dynprune.data.pairs import write_pairs
 from dynprune.stages.explore import explore
 from dynprune.stages.run import Run, once_a_run, plain
 
-VERSION = 1
+VERSION = 2
 PAIRS = "pairs.parquet"
 
 
@@ -26,7 +26,14 @@ def pairs(run: Run, split: str = "train") -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         counts = write_pairs(
-            rollouts.folder, folder / PAIRS, settings.strategy, settings.count, run.config.seed, settings.min_winner_score
+            rollouts.folder,
+            folder / PAIRS,
+            settings.strategy,
+            settings.count,
+            run.config.seed,
+            settings.min_winner_score,
+            settings.prefer_by,
+            settings.margin,
         )
         return asdict(counts)
 
