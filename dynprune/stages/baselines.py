@@ -40,11 +40,16 @@ _EMBEDDED_TOGETHER = 64
 def baseline_rows(run: Run) -> Iterator[Row]:
     """The rows of the static sets, and of the baselines that the configuration names sizes for."""
     if run.config.evaluation.static:
-        yield from _set_rows("static", static_sets(run), run.config.evaluation.static)
+        yield from static_rows(run)
     for name, rows in _BASELINES.items():
         sizes = _sizes(run, name)
         if sizes:
             yield from rows(run, sizes)
+
+
+def static_rows(run: Run) -> Iterator[Row]:
+    """The rows of the static sets that likelihood finds."""
+    yield from _set_rows("static", static_sets(run), run.config.evaluation.static)
 
 
 @once_a_run
@@ -114,19 +119,19 @@ def _block_influence(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     artifact = run.store.get_or_build("block_influence", VERSION, config, digest(queries), {}, build, resumable=False)
     influence_L = torch.tensor(json.loads((artifact.folder / "influence.json").read_text(encoding="utf-8")), dtype=torch.double)
     for size in sizes:
-        yield _fixed(f"block_influence-{size}", least_influential(influence_L, size))
+        yield _fixed("block_influence", str(size), least_influential(influence_L, size))
 
 
 def _last(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     for size in sizes:
-        yield _fixed(f"last-{size}", last_layers(run.slm.num_layers, size))
+        yield _fixed("last", str(size), last_layers(run.slm.num_layers, size))
 
 
 def _random(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     draws = run.config.evaluation.baselines.random.draws
     for size in sizes:
         for number, layers in enumerate(random_sets(run.slm.num_layers, size, draws, run.config.seed), start=1):
-            yield _fixed(f"random-{size}-{number}", layers)
+            yield _fixed("random", f"{size}-{number}", layers)
 
 
 def _nearest_centroid(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
@@ -149,7 +154,7 @@ def _oracle(run: Run, sizes: Sequence[float]) -> Iterator[Row]:
     for size in sizes:
         best = oracle([tried[query.id] for query in queries], size)
         layers_of = {rollout.id: rollout.pruned_layers for rollout in best}
-        yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}")
+        yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}", curve="oracle")
 
 
 _BASELINES: Mapping[str, Callable[[Run, Sequence[int]], Iterator[Row]]] = {
@@ -258,7 +263,13 @@ def _choice_rows(
         upstream = {"losses": table.fingerprint}
         artifact = run.store.get_or_build("choice", VERSION, identity, {}, upstream, build, resumable=False)
         choose = _by_embedding(run, LinearChoice.load(artifact.folder / "choice.npz"))
-        yield Row(f"{name}-{size}", choose, artifact.fingerprint, router_layers=run.config.evaluation.router_cost_layers)
+        yield Row(
+            f"{name}-{size}",
+            choose,
+            artifact.fingerprint,
+            router_layers=run.config.evaluation.router_cost_layers,
+            curve=name,
+        )
 
 
 def _library_queries(run: Run) -> list[Query]:
@@ -300,14 +311,14 @@ def _looked_up(layers_of: Mapping[str, tuple[int, ...]]) -> Chooser:
     return lambda query: layers_of[query.id]
 
 
-def _fixed(name: str, layers: Sequence[int]) -> Row:
-    return Row(name, lambda query: layers, str(list(layers)))
+def _fixed(curve: str, budget: str, layers: Sequence[int]) -> Row:
+    return Row(f"{curve}-{budget}", lambda query: layers, str(list(layers)), curve=curve)
 
 
 def _set_rows(name: str, artifact: Artifact, sizes: Sequence[int]) -> Iterator[Row]:
     sets = json.loads((artifact.folder / "sets.json").read_text(encoding="utf-8"))
     for size in sizes:
-        yield _fixed(f"{name}-{size}", sets[str(size)]["layers"])
+        yield _fixed(name, str(size), sets[str(size)]["layers"])
 
 
 def _write_sets(found: Sequence[tuple[tuple[int, ...], float]], figure: str, folder: Path) -> None:

@@ -1,15 +1,14 @@
 """The stage ``evaluate``: runs the rows of the table on the test split, and times them against each other."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
@@ -18,11 +17,11 @@ from dynprune.evaluation.lossless import count_near_ties
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of
-from dynprune.stages.baselines import baseline_rows
+from dynprune.stages.baselines import baseline_rows, static_rows
 from dynprune.stages.lossless import lossless_rows, timed_row
 from dynprune.stages.progress import track
-from dynprune.stages.router import router
-from dynprune.stages.router_rows import router_rows
+from dynprune.stages.router import learns_from, router
+from dynprune.stages.router_rows import TrainedMethod, router_rows
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest, plain
 from dynprune.stages.samples import Answers, run_row
@@ -36,6 +35,7 @@ class Evaluation:
 
     Attributes:
         queries: The test queries.
+        methods: The routers.
         rows: The rows of the table, the original first.
         samples: By row, a sample for each query.
         timings: A timing for each row and timed query.
@@ -43,6 +43,7 @@ class Evaluation:
     """
 
     queries: list[Query]
+    methods: list[TrainedMethod]
     rows: list[Row]
     samples: dict[str, list[Sample]]
     timings: list[Timing]
@@ -52,8 +53,8 @@ class Evaluation:
 def evaluate(run: Run) -> Evaluation:
     """Runs all rows of the configuration."""
     queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
-    rows = _rows(run)
-    rows += lossless_rows(run, rows)
+    methods = train_routers(run)
+    rows = _rows(run, methods)
     answers = Answers(run, queries)
     samples: dict[str, list[Sample]] = {}
     near_ties: dict[str, int] = {}
@@ -63,30 +64,47 @@ def evaluate(run: Run) -> Evaluation:
             with LayerPruner(run.slm) as pruner:
                 near_ties[row.name] = count_near_ties(run.slm, pruner, queries, samples[row.name], samples["original"])
     del answers
-    return Evaluation(queries, rows, samples, _time(run, rows, queries, samples["original"]), near_ties)
+    for row, said in _under_other_adapters(run, queries):
+        rows.append(row)
+        samples[row.name] = said
+    timings = _time(run, [row for row in rows if row.timed], queries, samples["original"])
+    return Evaluation(queries, methods, rows, samples, timings, near_ties)
 
 
-def train_routers(run: Run) -> dict[str, Artifact]:
-    """The routers that the table compares, by name; trained where they are missing."""
-    if run.config.evaluation.pruned_layers is not None:
-        return {}
-    methods: Mapping[str, DictConfig] = run.config.evaluation.routers or {run.config.method.name: run.config.method}
-    routers = {name: router(run, method) for name, method in methods.items()}
+def train_routers(run: Run) -> list[TrainedMethod]:
+    """The routers that the table compares; trained where they are missing."""
+    settings = run.config.evaluation
+    if settings.pruned_layers is not None:
+        return []
+    methods: Mapping[str, DictConfig] = settings.routers or {run.config.method.name: run.config.method}
+    seeds = plain(settings.router_seeds) or [run.config.seed]
+    trained = [
+        TrainedMethod(name, learns_from(method), {seed: router(run, method, seed) for seed in seeds})
+        for name, method in methods.items()
+    ]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # What follows runs in the first process alone: a metric must not wait for the others.
         torch.distributed.destroy_process_group()
-    return routers
+    return trained
 
 
-def _rows(run: Run) -> list[Row]:
+def _rows(run: Run, methods: Sequence[TrainedMethod]) -> list[Row]:
     settings = run.config.evaluation
     if settings.pruned_layers is not None:
         layers = sorted(set(settings.pruned_layers))
         return [ORIGINAL, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
-    rows = [ORIGINAL, *baseline_rows(run)]
-    for name, artifact in train_routers(run).items():
-        rows += router_rows(run, f"router-{name}", artifact)
-    return rows
+    rows = [ORIGINAL, *baseline_rows(run), *(row for method in methods for row in router_rows(run, method))]
+    return [*rows, *lossless_rows(run, rows)]
+
+
+def _under_other_adapters(run: Run, queries: Sequence[Query]) -> Iterator[tuple[Row, list[Sample]]]:
+    """Rows of static sets that are searched and run under other adapters than the run's."""
+    ablation = run.config.evaluation.adapter_ablation
+    for name, settings in ablation.adapters.items():
+        other = run.with_adapters(settings, ablation.sizes)
+        answers = Answers(other, queries)
+        for row in static_rows(other):
+            yield replace(row, name=f"{row.name}-{name}", curve=None, timed=False), run_row(other, row, answers)
 
 
 def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Sequence[Sample]) -> list[Timing]:

@@ -11,13 +11,15 @@ from rich.console import Console
 
 from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.agreement import agreement
-from dynprune.evaluation.figures import accuracy_speedup, layer_error, layers_pruned
+from dynprune.evaluation.figures import accuracy_speedup, budget_curve, layer_error, layers_pruned
+from dynprune.evaluation.headline import write_headline
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
+from dynprune.stages.budgets import budget_curves, check_headline, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
@@ -34,6 +36,7 @@ def report(run: Run) -> Path:
         The folder.
     """
     folder = run.folder / "report"
+    check_headline(run.config)
     if run.store.rank > 0:
         # The other processes of a distributed run train along; evaluating and timing is for the first one alone.
         train_routers(run)
@@ -48,6 +51,11 @@ def report(run: Run) -> Path:
     for name, samples in evaluation.samples.items():
         write_samples(samples, folder / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, folder / "accuracy_speedup.png")
+    curves = budget_curves(evaluation, rows)
+    if curves:
+        budget_curve(list(curves.values()), rows[0].scores[_COMPARED_BY], folder / "budget_curve.png")
+    if run.config.evaluation.headline:
+        write_headline(headline_of(run, evaluation, rows, curves), folder / "figures.json")
     pruned = {row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if _is_pruned(row)}
     if pruned:
         layers_pruned(pruned, folder / "layers_pruned.png")
@@ -106,12 +114,15 @@ def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
 
 def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Comparison]:
     """Every row against the unpruned SLM, routers against the static set nearest in size and those of their budget."""
-    statics = [row for row in rows if row.name.startswith("static-")]
+    curve_of = {row.name: row.curve for row in evaluation.rows}
+    statics = [row for row in rows if curve_of[row.name] == "static"]
     routers = [row for row in rows if row.name.startswith("router-")]
     pairs = [(row.name, "original") for row in rows if row.name != "original" and row.lossless is None]
     for router in routers:
         nearest = sorted(statics, key=lambda s: abs(s.mean_pruned_layers - router.mean_pruned_layers))[:1]
         pairs += [(router.name, static.name) for static in nearest]
+    # The same static set under other adapters.
+    pairs += [(static.name, row.name) for static in statics for row in rows if row.name.startswith(f"{static.name}-")]
     budget_of = {router.name: router.name.partition("@")[2] for router in routers}
     pairs += [(a.name, b.name) for i, a in enumerate(routers) for b in routers[:i] if budget_of[a.name] == budget_of[b.name]]
     scores = {name: [sample.scores[_COMPARED_BY] for sample in samples] for name, samples in evaluation.samples.items()}

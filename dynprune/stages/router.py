@@ -31,22 +31,24 @@ from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.run import Run, content_digest, plain
 
-VERSION = 2
+VERSION = 3
 _MONITORED = "validation/loss"
 ROUTER = "router"
 
 
-def router(run: Run, method: DictConfig | None = None) -> Artifact:
+def router(run: Run, method: DictConfig | None = None, seed: int | None = None) -> Artifact:
     """Trains a router.
 
     Args:
         run: The run.
         method: The method's configuration; the run's by default.
+        seed: Seed of its heads and of the order of its data; the run's by default.
     """
     method = run.config.method if method is None else method
-    source = pairs(run) if _learns_from(method) == "pairs" else explore(run)
+    seed = run.config.seed if seed is None else seed
+    source = pairs(run) if learns_from(method) == "pairs" else explore(run)
     held_out = pairs(run, "validation")
-    start = _start(run, method)
+    start = _start(run, method, seed)
     hardware = run.config.hardware.trainer
     config = {
         "router": plain(run.config.router),
@@ -56,14 +58,14 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
         "precision": hardware.precision,
         # Each process has batches of its own: several of them learn from larger steps.
         "devices": hardware.devices,
-        "seed": run.config.seed,
+        "seed": seed,
     }
     upstream = {"source": source.fingerprint, "validation": held_out.fingerprint}
     if start is not None:
         upstream["start"] = start.fingerprint
 
     def build(folder: Path) -> dict[str, Any]:
-        lightning.seed_everything(run.config.seed, workers=True)
+        lightning.seed_everything(seed, workers=True)
         network = new_router(run) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
         policy = new_policy(run, method)
         module: RouterTraining = instantiate(
@@ -78,21 +80,29 @@ def router(run: Run, method: DictConfig | None = None) -> Artifact:
             devices=hardware.devices,
             strategy=hardware.strategy,
         )
-        trainer.fit(module, _data(run, method, source, held_out, network, policy))
-        if not trainer.is_global_zero:
-            return {}
+        data = _data(run, method, seed, source, held_out, network, policy)
+        trainer.fit(module, data)
         best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
+        trainer.validate(module, data, verbose=False)
+        # Of held-out pairs, the share in which the winner is the likelier configuration; none where there are no pairs.
+        preferred = trainer.callback_metrics.get("validation/rewards/accuracies")
+        if not trainer.is_global_zero:
+            return {}
         extra = {"policy": policy.config(), "slm": run.slm.name, "method": method.name}
         save_router(network, folder / ROUTER, extra)
-        return {"best_epoch": int(best["epoch"]), "validation_loss": float(checkpoint.best_model_score or 0)}
+        return {
+            "best_epoch": int(best["epoch"]),
+            "validation_loss": float(checkpoint.best_model_score or 0),
+            "preference_accuracy": None if preferred is None else float(preferred),
+        }
 
     return run.store.get_or_build(
         "router", VERSION, config, {}, upstream, build, resumable=False, distributed=hardware.devices != 1
     )
 
 
-def _start(run: Run, method: DictConfig) -> Artifact | None:
+def _start(run: Run, method: DictConfig, seed: int) -> Artifact | None:
     """The trained router that the method starts from, if it wants one."""
     start = method.get("start")
     if start is None:
@@ -102,25 +112,28 @@ def _start(run: Run, method: DictConfig) -> Artifact | None:
             f"method.start={start} is no method; allowed: null, or an option of the group method: type "
             "+method@method.start=fbc (method@method.start=fbc where the method starts from one already)"
         )
-    return router(run, start)
+    return router(run, start, seed)
 
 
-def _learns_from(method: DictConfig) -> str:
+def learns_from(method: DictConfig) -> str:
+    """What a method learns from, see `RouterTraining.learns_from`."""
     return get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
 
 
-def _data(run: Run, method: DictConfig, source: Artifact, held_out: Artifact, network: Router, policy: Policy) -> StreamData:
+def _data(
+    run: Run, method: DictConfig, seed: int, source: Artifact, held_out: Artifact, network: Router, policy: Policy
+) -> StreamData:
     """What the method learns from, and what it is validated on: held-out data of its own kind, and pairs in any case."""
-    learns_from = _learns_from(method)
+    kind = learns_from(method)
     validation: list[PairStream | RolloutStream] = [PairStream(held_out.folder / PAIRS, policy.allows, None)]
-    if learns_from == "pairs":
-        training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, run.config.seed)
+    if kind == "pairs":
+        training: PairStream | RolloutStream = PairStream(source.folder / PAIRS, policy.allows, seed)
     else:
         keep: Callable[[Sequence[Rollout]], list[Rollout]] = list
-        if learns_from != "scores":
+        if kind != "scores":
             keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
-        stream = partial(RolloutStream, allows=policy.allows, keep=keep, only_kept=learns_from == "successes")
-        training = stream(source.folder, seed=run.config.seed)
+        stream = partial(RolloutStream, allows=policy.allows, keep=keep, only_kept=kind == "successes")
+        training = stream(source.folder, seed=seed)
         validation.append(stream(explore(run, "validation").folder, seed=None))
     explored = {split: completed_ids(explore(run, split).folder) for split in ("train", "validation")}
     texts = {

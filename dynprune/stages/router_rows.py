@@ -1,8 +1,8 @@
 """The rows of the trained routers: each router as it is, at each budget, and at the largest budget that is safe."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,12 +22,38 @@ log = logging.getLogger(__name__)
 _RIGHT_BY = "ast_match"
 
 
-def router_rows(run: Run, name: str, artifact: Artifact) -> list[Row]:
-    """A router's own row, one for each budget, and that of the largest budget that is safe."""
+@dataclass(frozen=True)
+class TrainedMethod:
+    """The routers that a method trained.
+
+    Attributes:
+        name: The method's name in the table.
+        learns_from: What it learns from, see `RouterTraining.learns_from`.
+        routers: The router of each seed.
+    """
+
+    name: str
+    learns_from: str
+    routers: Mapping[int, Artifact]
+
+
+def router_rows(run: Run, trained: TrainedMethod) -> list[Row]:
+    """The rows of a method: of each seed's router its own row, one for each budget, and that of the largest safe budget."""
+    several = len(trained.routers) > 1
+    rows = []
+    for position, (seed, artifact) in enumerate(trained.routers.items()):
+        name = f"router-{trained.name}" + (f"-s{seed}" if several else "")
+        rows += [
+            replace(row, seed=seed, timed=position == 0) for row in _seed_rows(run, name, f"router-{trained.name}", artifact)
+        ]
+    return rows
+
+
+def _seed_rows(run: Run, name: str, curve: str, artifact: Artifact) -> list[Row]:
     settings = run.config.evaluation
     trained = trained_router(run, artifact)
     own = Row(name, trained.chooser(), artifact.fingerprint, router_layers(run))
-    budgets = [_budget_row(run, own, trained, budget) for budget in sorted(settings.budgets)]
+    budgets = [replace(_budget_row(run, own, trained, budget), curve=curve) for budget in sorted(settings.budgets)]
     if settings.guarantee is None:
         return [own, *budgets]
     if not budgets:

@@ -15,6 +15,9 @@ class Row:
         choose: What gives the configuration for a query.
         origin: The fingerprint, or the layers, that the configurations come from.
         router_layers: What choosing costs, in layers of the SLM.
+        curve: The method whose budget the row is, such as ``static``; ``None`` for a row of its own.
+        seed: The seed of the router; ``None`` where nothing was trained.
+        timed: Whether it is timed; of a router's seeds one is.
         drafting: How the SLM with that configuration drafts what the full SLM verifies; ``None`` where it answers itself.
     """
 
@@ -22,6 +25,9 @@ class Row:
     choose: Chooser
     origin: str
     router_layers: float = 0.0
+    curve: str | None = None
+    seed: int | None = None
+    timed: bool = True
     drafting: Drafting | None = None
 
 
