@@ -39,7 +39,7 @@ def random_delta(make_slm, folder):
         if "lora_" in name:
             # What bfloat16 holds exactly, since the file is in bfloat16.
             parameter.data = (torch.randn_like(parameter) * 0.3).bfloat16().float()
-    save_delta(model, folder, [])
+    save_delta(model, folder, frozenset())
     return folder
 
 
@@ -103,5 +103,5 @@ def test_with_pruned_layers_the_loss_and_its_gradient_are_those_of_swapped_modul
 def test_a_delta_comes_back_as_it_was_written(make_slm, tmp_path):
     folder = random_delta(make_slm, tmp_path / "delta")
     first = wrap_with_delta(make_slm().model, folder)
-    save_delta(first, tmp_path / "again", [])
+    save_delta(first, tmp_path / "again", frozenset())
     assert (folder / "adapter_model.safetensors").read_bytes() == (tmp_path / "again/adapter_model.safetensors").read_bytes()

@@ -6,6 +6,8 @@ import types
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from dynprune.methods.awr import AdvantageWeightedRegression
 from dynprune.methods.base import RouterTraining
@@ -16,6 +18,7 @@ from dynprune.methods.kto import KahnemanTverskyOptimization
 from dynprune.methods.orpo import OddsRatioPreferenceOptimization
 from dynprune.methods.simpo import SimplePreferenceOptimization
 from dynprune.methods.value import ValueRegression
+from dynprune.paths import conf_dir
 from dynprune.router.encoder import TextEncoder
 from dynprune.router.policies import ConditionalBernoulliPolicy, ValuePolicy
 from dynprune.router.router import Router
@@ -226,3 +229,24 @@ def test_value_regression_refuses_a_policy_that_does_not_search_the_reward():
     router = training("value").router
     with pytest.raises(ValueError, match=r"method\.policy\.name=conditional_bernoulli.*value"):
         ValueRegression(router, ConditionalBernoulliPolicy(L), torch.optim.Adam)
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("dpo", {"beta": 0.0}),
+        ("ipo", {"tau": 0.0}),
+        ("simpo", {"beta": -1.0}),
+        ("kto", {"beta": 0.0}),
+        ("kto", {"undesirable_weight": 0.0}),
+        ("awr", {"beta": -0.1}),
+        ("awr", {"max_weight": 0.0}),
+    ],
+)
+def test_a_scale_that_would_train_the_opposite_is_refused(method, change):
+    [(key, value)] = change.items()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        settings = compose("config", overrides=[f"method={method}"]).method
+    network = Router(TextEncoder("tiny:", None, 32, False), 4)
+    with pytest.raises(ValueError, match=rf"method\.module\.{key}={value} is not allowed"):
+        instantiate(settings.module, router=network, policy=ConditionalBernoulliPolicy(4), optimizer=None, **change)

@@ -65,7 +65,7 @@ def read_json(folder):
 def test_json_has_the_published_schema(tmp_path):
     write(tmp_path / "new" / "folder")
     document = read_json(tmp_path / "new" / "folder")
-    assert list(document) == ["rows", "comparisons", "machine", "versions", "config"]
+    assert list(document) == ["rows", "comparisons", "seeds", "machine", "versions", "config"]
     row = document["rows"][1]
     assert row["name"] == "router-dpo"
     assert row["n"] == 200
@@ -232,11 +232,11 @@ def test_machine_and_versions_are_json_and_say_what_ran():
 
 
 def test_a_lossless_row_says_what_its_drafts_did(tmp_path):
-    drafts = Lossless(tokens=400, proposed=500, accepted=250, passes=160, draft_passes=80, near_ties=2)
+    drafts = Lossless(tokens=400, proposed=500, accepted=250, passes=160, draft_passes=80, near_ties=2, unexplained=0)
     write(tmp_path, [*ROWS, make_row("lossless-lookup", lossless=drafts)])
     text = (tmp_path / "table.md").read_text()
     # By hand: 250 of 400, 250 of 500, 400 / 160, 80 / 160.
-    assert "| lossless-lookup | 62.5 | 50.0 | 2.50 | 0.50 | 2 of 200 |" in text
+    assert "| lossless-lookup | 62.5 | 50.0 | 2.50 | 0.50 | 2 of 200 | 0 of 200 |" in text
     assert text.count("**Lossless rows**") == 1
     assert [row["lossless"] for row in read_json(tmp_path)["rows"]] == [None, None, vars(drafts)]
     lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))

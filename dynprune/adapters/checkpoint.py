@@ -49,7 +49,8 @@ def load_adapters(folder: Path) -> AdapterStack:
     """
     if (folder / _WEIGHTS).is_file():
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        return _from_state(load_file(folder / _WEIGHTS), folder / _WEIGHTS, config["activation"])
+        # Files that do not say so were written when all adapters had a ReLU.
+        return _from_state(load_file(folder / _WEIGHTS), folder / _WEIGHTS, config.get("activation", "relu"))
     files = {int(path.stem.removeprefix("adapter_")): path for path in folder.glob("adapter_[0-9]*.pth")}
     if sorted(files) != list(range(len(files))) or not files:
         raise ValueError(

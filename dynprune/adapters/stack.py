@@ -100,7 +100,7 @@ class AdapterStack(nn.Module):
         return hidden_BTd + change_BTd
 
     def forward(self, hidden_LNd: Tensor) -> Tensor:
-        """All layers' adapters at once, each on its own inputs, none of them a text's first token.
+        """All layers' adapters at once, each on its own inputs; no first tokens where these have residuals of their own.
 
         Args:
             hidden_LNd: Inputs of each layer, N tokens each.

@@ -1,4 +1,4 @@
-"""The oracle: for each query the best of the configurations tried on it. No choice that is made in advance can do better."""
+"""The oracle: for each query the best of the configurations tried on it. No choice among what was tried can do better."""
 
 import math
 from collections.abc import Sequence

@@ -11,6 +11,9 @@ from dynprune.slm.loading import SLM
 from dynprune.slm.prompt_states import PromptStates
 from dynprune.slm.pruning import LayerPruner
 
+RIGHT_BY = "ast_match"
+"""The score that says whether an answer is right, in comparisons, curves and guarantees."""
+
 
 @dataclass(frozen=True)
 class Sample:

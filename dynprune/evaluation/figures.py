@@ -38,6 +38,7 @@ _COLORS = {
     "router-dpo": "#D55E00",
     "router-orpo": "#009E73",
     "oracle": "#7B4FA3",
+    "static_accuracy": "#A0A0A0",
 }
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#8C5A2B")
 _MARKERS = {"original": "s", "router-fbc": "D", "router-dpo": "^", "router-orpo": "v", "oracle": "h"}
@@ -45,8 +46,9 @@ _OTHER_MARKERS = ("P", "X", "p", "<", ">")
 
 
 def row_color(name: str) -> str:
-    """The colour of a row in every figure; static rows share one, since a line joins them."""
-    return _COLORS.get(name) or (_GREY if _is_static(name) else _pick(_OTHER_COLORS, name))
+    """The colour of a row in every figure: that of its method, whatever the seed, the budget or the size."""
+    method = _method(name)
+    return _COLORS.get(method) or (_GREY if _is_static(name) else _pick(_OTHER_COLORS, method))
 
 
 def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -> Figure:
@@ -245,8 +247,13 @@ def layers_pruned(frequency: Mapping[str, Sequence[float]], path: Path) -> None:
     _save(build_layers_pruned(frequency), path)
 
 
+def _method(name: str) -> str:
+    """The method of a row: its name without seed, budget and size."""
+    return re.sub(r"(-s\d+)?(@.*)?$|(-[\d.]+)+$", "", name, count=1)
+
+
 def _is_static(name: str) -> bool:
-    return name.startswith("static")
+    return re.fullmatch(r"(static|static_accuracy)(-\d+)?", name) is not None
 
 
 def _pick(choices: Sequence[str], name: str) -> str:
@@ -255,7 +262,8 @@ def _pick(choices: Sequence[str], name: str) -> str:
 
 
 def _marker(name: str) -> str:
-    return _MARKERS.get(name) or ("o" if _is_static(name) else _pick(_OTHER_MARKERS, name))
+    method = _method(name)
+    return _MARKERS.get(method) or ("o" if _is_static(name) else _pick(_OTHER_MARKERS, method))
 
 
 def _speedup(row: TableRow) -> float:

@@ -31,8 +31,9 @@ class Headline:
         preference_minus_fbc: The best preference method's router minus FBC's, both at 18%.
         gap_closed: Share of the gap between static and oracle that the best router closes, at the same pruned layers.
         measured_over_nominal: The best router's measured speedup over its nominal one, at 18%.
-        preference_accuracy: Share of held-out preference pairs that the router ranks rightly.
-        context_aware_gain: Accuracy with context-aware adapters minus with MSE-only ones, same static set.
+        preference_accuracy: Share of preference pairs of validation queries that the router ranks rightly; the checkpoint was
+            chosen on them.
+        context_aware_gain: Accuracy with the run's adapters minus that with other ones, each under its own searched static set.
         lossless_speedup: Time of the unpruned SLM over time of the lossless mode, same outputs.
         n_test: Number of test queries.
         seeds: Number of router seeds.

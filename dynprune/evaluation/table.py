@@ -20,7 +20,7 @@ from rich import box
 from rich.text import Text
 
 from dynprune.atomic import replacing
-from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval
+from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval, SeedSummary
 
 SCORES = {
     "json_match": "JSON match",
@@ -49,6 +49,7 @@ class Lossless:
         passes: Passes of the full SLM, those over the prompts included.
         draft_passes: Passes of the pruned SLM.
         near_ties: Answers that differ from the full SLM's by rounding alone.
+        unexplained: Answers that differ from it otherwise.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Lossless:
     passes: int
     draft_passes: int
     near_ties: int
+    unexplained: int
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def write_table(
     versions: Mapping[str, Any],
     config: Mapping[str, Any],
     comparisons: Sequence[Comparison] = (),
+    seeds: Mapping[str, SeedSummary] | None = None,
 ) -> None:
     """Writes ``table.json``, ``table.csv`` and ``table.md``, each complete or not at all.
 
@@ -138,10 +141,13 @@ def write_table(
         versions: What `dynprune.evaluation.machine.versions` says.
         config: The resolved config that the numbers come from.
         comparisons: Paired comparisons between rows.
+        seeds: AST match of what has a row for each of several seeds, averaged over these.
     """
+    seeds = seeds or {}
     document = {
         "rows": [_record(row) for row in rows],
         "comparisons": [asdict(comparison) for comparison in comparisons],
+        "seeds": {name: asdict(summary) for name, summary in seeds.items()},
         "machine": machine,
         "versions": versions,
         "config": config,
@@ -149,7 +155,7 @@ def write_table(
     texts = {
         "table.json": json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "table.csv": _csv(rows),
-        "table.md": _markdown(rows, comparisons, machine, versions),
+        "table.md": _markdown(rows, comparisons, seeds, machine, versions),
     }
     with ExitStack() as stack:  # All three are written before the first replaces its predecessor.
         for name, text in texts.items():
@@ -236,6 +242,7 @@ def _csv(rows: Sequence[TableRow]) -> str:
 def _markdown(
     rows: Sequence[TableRow],
     comparisons: Sequence[Comparison],
+    seeds: Mapping[str, SeedSummary],
     machine: Mapping[str, Any],
     versions: Mapping[str, Any],
 ) -> str:
@@ -253,6 +260,9 @@ def _markdown(
     if any(row.lossless for row in rows):
         blocks += ["**Lossless rows**: drafts that the unpruned SLM verifies, so its answers."]
         blocks += [_lossless_table(rows)]
+    if seeds:
+        blocks += ["**Seeds**: AST match, averaged over seeds for each query; spread: standard deviation of the seeds' means."]
+        blocks += [_seed_table(seeds)]
     if comparisons:
         blocks += [
             "**Comparisons**, paired by query. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
@@ -306,14 +316,23 @@ def _lossless_table(rows: Sequence[TableRow]) -> str:
         "Tokens per pass",
         "Pruned passes per pass",
         "Differ by rounding",
+        "Differ otherwise",
     ]
     lines = []
     for row in rows:
         if (drafts := row.lossless) is not None:
             shares = [_number(100 * drafts.accepted / drafts.tokens), _number(100 * drafts.accepted / max(1, drafts.proposed))]
             rates = [_number(drafts.tokens / drafts.passes, 2), _number(drafts.draft_passes / drafts.passes, 2)]
-            lines.append([row.name, *shares, *rates, f"{drafts.near_ties} of {row.n}"])
+            lines.append([row.name, *shares, *rates, f"{drafts.near_ties} of {row.n}", f"{drafts.unexplained} of {row.n}"])
     return _grid(header, lines)
+
+
+def _seed_table(seeds: Mapping[str, SeedSummary]) -> str:
+    lines = [
+        [name, str(s.seeds), _cell(s.mean, 100), _number(100 * s.spread) if s.spread is not None else _ABSENT]
+        for name, s in seeds.items()
+    ]
+    return _grid(["Row", "Seeds", "AST match, %", "Spread, points"], lines)
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dynprune.methods.base import Batch, RouterTraining
+from dynprune.methods.base import Batch, RouterTraining, check_above
 from dynprune.methods.losses import awr_loss
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies.base import Policy
@@ -41,11 +41,11 @@ class AdvantageWeightedRegression(RouterTraining):
             depth_bonus: What pruning all layers would add to the score.
 
         Raises:
-            ValueError: If β is not above 0.
+            ValueError: If β or the largest weight is not above 0.
         """
         super().__init__(router, policy, optimizer)
-        if beta <= 0:
-            raise ValueError(f"method.module.beta={beta} is not allowed; allowed: above 0, for example 0.2")
+        check_above("beta", beta, 0, example=0.2)
+        check_above("max_weight", max_weight, 0, example=20)
         self._beta, self._max_weight, self._depth_bonus = beta, max_weight, depth_bonus
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,6 +22,22 @@ from dynprune.router.router import Router
 Batch = Mapping[str, Any]
 
 
+def check_above(key: str, value: float, least: float, example: float) -> None:
+    """Refuses a setting of a method that is not above a number.
+
+    Args:
+        key: Its name in ``method.module``.
+        value: Its value.
+        least: What it must be above.
+        example: A value to type.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not value > least:
+        raise ValueError(f"method.module.{key}={value} is not allowed; allowed: above {least:g}, for example {example:g}")
+
+
 class RouterTraining(lightning.LightningModule):
     """A router in training.
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynprune.methods.base import Batch
+from dynprune.methods.base import Batch, check_above
 from dynprune.methods.losses import PreferenceTerms, dpo_loss
 from dynprune.methods.preference import PreferenceTraining
 from dynprune.router.outputs import RouterOutputs
@@ -38,11 +38,12 @@ class DirectPreferenceOptimization(PreferenceTraining):
             reference: ``frozen`` for the router as it is given, ``none`` for the thesis's loss.
 
         Raises:
-            ValueError: If there is no such reference.
+            ValueError: If there is no such reference, or β is not above 0.
         """
         super().__init__(router, policy, optimizer, has_reference=reference == "frozen")
         if reference not in ("frozen", "none"):
             raise ValueError(f"method.module.reference={reference!r} is unknown; allowed: frozen, none")
+        check_above("beta", beta, 0, example=0.1)
         self._beta = beta
 
     def preference_terms(self, outputs: RouterOutputs, batch: Batch) -> PreferenceTerms:

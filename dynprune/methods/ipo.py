@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dynprune.methods.base import Batch
+from dynprune.methods.base import Batch, check_above
 from dynprune.methods.losses import PreferenceTerms, ipo_loss
 from dynprune.methods.preference import PreferenceTraining
 from dynprune.router.outputs import RouterOutputs
@@ -35,8 +35,7 @@ class IdentityPreferenceOptimization(PreferenceTraining):
             ValueError: If τ is not above 0.
         """
         super().__init__(router, policy, optimizer, has_reference=True)
-        if tau <= 0:
-            raise ValueError(f"method.module.tau={tau} is not allowed; allowed: above 0, for example 0.1")
+        check_above("tau", tau, 0, example=0.1)
         self._tau = tau
 
     def preference_terms(self, outputs: RouterOutputs, batch: Batch) -> PreferenceTerms:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dynprune.methods.base import Batch, RouterTraining
+from dynprune.methods.base import Batch, RouterTraining, check_above
 from dynprune.methods.losses import kto_loss
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies.base import Policy
@@ -38,8 +38,14 @@ class KahnemanTverskyOptimization(RouterTraining):
             beta: β, how far the policy may move from the reference.
             desirable_weight: λ_D.
             undesirable_weight: λ_U.
+
+        Raises:
+            ValueError: If β or a weight is not above 0.
         """
         super().__init__(router, policy, optimizer, has_reference=True)
+        check_above("beta", beta, 0, example=0.1)
+        check_above("desirable_weight", desirable_weight, 0, example=1)
+        check_above("undesirable_weight", undesirable_weight, 0, example=1)
         self._beta, self._desirable_weight, self._undesirable_weight = beta, desirable_weight, undesirable_weight
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

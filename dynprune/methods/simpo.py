@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dynprune.methods.base import Batch
+from dynprune.methods.base import Batch, check_above
 from dynprune.methods.losses import PreferenceTerms, simpo_loss
 from dynprune.methods.preference import PreferenceTraining
 from dynprune.router.outputs import RouterOutputs
@@ -35,8 +35,12 @@ class SimplePreferenceOptimization(PreferenceTraining):
             optimizer: See `RouterTraining`.
             beta: β, the scale of the reward.
             gamma: γ, by how much the winner's reward shall exceed the loser's.
+
+        Raises:
+            ValueError: If β is not above 0.
         """
         super().__init__(router, policy, optimizer)
+        check_above("beta", beta, 0, example=2)
         self._beta, self._gamma = beta, gamma
 
     def preference_terms(self, outputs: RouterOutputs, batch: Batch) -> PreferenceTerms:

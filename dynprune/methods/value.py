@@ -33,10 +33,12 @@ class ValueRegression(RouterTraining):
             optimizer: See `RouterTraining`.
 
         Raises:
-            ValueError: If it is another policy.
+            ValueError: If it is another policy, or the router's ratio is categorical.
         """
         if not isinstance(policy, ValuePolicy):
             raise ValueError(f"method.policy.name={policy.name} predicts no reward; allowed for value regression: value")
+        if router.num_counts is not None:
+            raise ValueError("method=value reads the mean of a normal ratio as the reward; type router.ratio=normal")
         super().__init__(router, policy, optimizer)
         self.calibration = Calibration(["reward"])
         # The equation has no σ; DDP refuses a parameter that gets no gradient.

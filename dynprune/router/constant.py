@@ -16,7 +16,7 @@ from dynprune.router.encoder import Encoder
 
 
 class ConstantEncoder(Encoder):
-    """Embeds every query as the number 0: the biases of the heads are the whole router."""
+    """Embeds every query as the number 0: what the heads make of their biases is the whole router."""
 
     inputs: ClassVar[str] = "none"
     name = "no input"

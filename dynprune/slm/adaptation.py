@@ -209,13 +209,13 @@ class Adaptation(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def save_delta(model: PeftModel, folder: Path, queries: Sequence[Query]) -> None:
+def save_delta(model: PeftModel, folder: Path, functions: frozenset[str]) -> None:
     """Writes a LoRA delta in bfloat16, in peft's layout, and beside it the functions that it was trained on.
 
     Args:
         model: The trained model.
         folder: Where ``adapter_model.safetensors``, ``adapter_config.json`` and ``functions.json`` go.
-        queries: What it was trained on.
+        functions: The functions that it was trained on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.to(torch.bfloat16).contiguous() for key, value in get_peft_model_state_dict(model).items()}
@@ -227,9 +227,8 @@ def save_delta(model: PeftModel, folder: Path, queries: Sequence[Query]) -> None
     config["base_model_name_or_path"] = None
     with replacing(folder / "adapter_config.json") as path:
         path.write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    functions = sorted(frozenset().union(*(query.functions for query in queries)))
     with replacing(folder / _FUNCTIONS) as path:
-        path.write_text(json.dumps(functions, indent=0) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(sorted(functions), indent=0) + "\n", encoding="utf-8")
 
 
 def trained_functions(folder: Path) -> frozenset[str]:

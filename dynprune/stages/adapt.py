@@ -17,10 +17,10 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import run_queries
 from dynprune.evaluation.machine import describe_machine
 from dynprune.evaluation.statistics import mean_interval
-from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delta
+from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delta, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
-from dynprune.stages.adapters import adapters, drawing, pruner_of
+from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -41,11 +41,12 @@ def adapt(run: Run) -> Artifact:
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
         "seed": run.config.seed,
     }
-    upstream = {}
+    accumulation("adapt", run.config.adapt)
+    upstream: dict[str, str] = {}
     stand_ins = adapters(run) if run.config.adapt.layer_dropout else None
     if run.config.adapt.layer_dropout:
         config["draw"] = plain(run.config.adapter.draw)
-        upstream["adapters"] = stand_ins.fingerprint if stand_ins else "none"
+        upstream |= {"adapters": stand_ins.fingerprint if stand_ins else "none", "harm": harm(run, stand_ins).fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
@@ -61,7 +62,6 @@ def adapt(run: Run) -> Artifact:
 
 def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact | None) -> None:
     settings = run.config.adapt
-    lightning.seed_everything(run.config.seed, workers=True)
     draw = drawing(run, stand_ins) if settings.layer_dropout else None
     # The SLM that the adapters were measured on makes room for the one that is trained.
     vars(run).pop("slm", None)
@@ -69,6 +69,8 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
     slm: SLM = instantiate(run.config.model, delta=None, device=run.config.hardware.device)
     data = AnswerData(queries, slm.tokenizer, settings.swap, settings.compose, settings.micro_batch_size, run.config.seed)
     delta = run.config.model.delta
+    # What comes before may draw from the same generators, or not where it was made already.
+    lightning.seed_everything(run.config.seed, workers=True)
     if delta is None:
         model = new_delta(slm, settings.rank, settings.alpha, plain(settings.targets))
     else:
@@ -85,7 +87,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
         # Written at the end of each epoch, so that a killed run loses an epoch at most.
         [ModelCheckpoint(folder / "checkpoints", save_last=True)],
         max_epochs=settings.epochs,
-        accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
+        accumulate_grad_batches=accumulation("adapt", settings),
         gradient_clip_val=settings.clip,
         # Products in the SLM's own dtype; what is trained is kept in float32.
         precision=run.mixed_precision,
@@ -101,7 +103,9 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
 
         module = Adaptation(model, settings.learning_rate, settings.warmup_share, prune)
         trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-    save_delta(model, folder, queries)
+    # What a delta was trained on stays trained, whatever follows.
+    before = trained_functions(delta_folder(delta)) if delta is not None else frozenset()
+    save_delta(model, folder, before.union(*(query.functions for query in queries)))
 
 
 def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
@@ -121,11 +125,18 @@ def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
     }
 
 
+def _says_berkeley(run: Run) -> bool:
+    """Whether the delta that the training goes on from was trained on the benchmark's questions."""
+    delta = run.config.model.delta
+    card = delta_folder(delta) / "README.md" if delta is not None else None
+    return card is not None and card.exists() and "Berkeley" in card.read_text(encoding="utf-8")
+
+
 def _start(run: Run) -> str:
     delta = run.config.model.delta
     if delta is None:
         return "the base model"
-    return f"the delta {Path(delta).name} (content {run.model_identity['delta_content'][:12]}), trained on the same split"
+    return f"the delta {Path(delta).name} (content {run.model_identity['delta_content'][:12]})"
 
 
 def _write_card(run: Run, folder: Path, counts: Mapping[str, Any], seconds: float) -> None:
@@ -138,7 +149,7 @@ def _write_card(run: Run, folder: Path, counts: Mapping[str, Any], seconds: floa
     source = plain(run.config.data.source)
     warning = (
         "\n**The Berkeley leaderboard's own questions were trained on, so this model has no place on that leaderboard.**\n"
-        if source["_target_"].endswith("load_bfcl")
+        if source["_target_"].endswith("load_bfcl") or _says_berkeley(run)
         else ""
     )
     text = f"""---

@@ -12,6 +12,7 @@ import lightning
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
 
 from dynprune.adapters.checkpoint import load_adapters, save_adapters, save_thesis_adapters
 from dynprune.adapters.context import ContextStream, ContextTraining, draw_configuration
@@ -22,7 +23,7 @@ from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
-from dynprune.metrics.scores import get_score
+from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations
 from dynprune.slm.loading import SLM
@@ -34,6 +35,7 @@ VERSION = 2
 CONTEXT_VERSION = 1
 ANSWERS_VERSION = 1
 HARM_VERSION = 1
+_HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
 _ANSWERS = "answers.json"
 _HARM = "harm.json"
@@ -44,8 +46,36 @@ def adapters(run: Run) -> Artifact | None:
     """Makes the adapters and measures their error; ``None`` where the configuration wants none."""
     if not run.config.adapter.enabled:
         return None
+    _check(run.config.adapter, run.slm.num_layers)
     fitted = _fitted(run)
     return _trained_in_context(run, fitted) if run.config.adapter.context.epochs else fitted
+
+
+def _check(settings: DictConfig, num_layers: int) -> None:
+    """Refuses what would fail only after answers were generated.
+
+    Raises:
+        ValueError: If a setting is not possible.
+    """
+    if settings.fit not in _FITS:
+        raise ValueError(f"adapter.fit={settings.fit} is unknown; allowed: {', '.join(_FITS)}")
+    if settings.fit == "ridge" and settings.activation != "identity" and settings.folder is None:
+        raise ValueError(
+            f"adapter.fit=ridge solves for linear adapters, but adapter.activation={settings.activation}; allowed with it: "
+            "adapter.activation=identity"
+        )
+    if settings.context.epochs:
+        accumulation("adapter.context", settings.context)
+        smallest, largest = settings.draw.min_layers, settings.draw.max_layers
+        if not 1 <= smallest <= largest <= num_layers:
+            raise ValueError(
+                f"adapter.draw.min_layers={smallest} adapter.draw.max_layers={largest} are not possible with {num_layers} "
+                f"layers; allowed: 1 <= min_layers <= max_layers <= {num_layers}"
+            )
+    if settings.draw.fragility <= 0:
+        raise ValueError(
+            f"adapter.draw.fragility={settings.draw.fragility} is not above 0; for example adapter.draw.fragility=0.2"
+        )
 
 
 def pruner_of(run: Run, artifact: Artifact | None, slm: SLM | None = None) -> LayerPruner:
@@ -59,16 +89,14 @@ def pruner_of(run: Run, artifact: Artifact | None, slm: SLM | None = None) -> La
 def drawing(run: Run, stand_ins: Artifact | None) -> Callable[[random.Random], tuple[int, ...]]:
     """Draws a random configuration: the more a layer's pruning alone hurts, the rarer it is drawn."""
     settings = run.config.adapter.draw
-    harm = json.loads((_harm(run, stand_ins).folder / _HARM).read_text(encoding="utf-8"))
-    weights = [math.exp(-max(0.0, nats) / settings.fragility) for nats in harm]
+    nats_L = json.loads((harm(run, stand_ins).folder / _HARM).read_text(encoding="utf-8"))
+    weights = [math.exp(-max(0.0, nats) / settings.fragility) for nats in nats_L]
     return partial(draw_configuration, weights, settings.min_layers, settings.max_layers)
 
 
 def _fitted(run: Run) -> Artifact:
     """Adapters that each learnt their own layer, and their errors."""
     settings = run.config.adapter
-    if settings.fit not in _FITS:
-        raise ValueError(f"adapter.fit={settings.fit} is unknown; allowed: {', '.join(_FITS)}")
     source = _answers(run)
     config = {
         "model": run.model_identity,
@@ -79,21 +107,18 @@ def _fitted(run: Run) -> Artifact:
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        lightning.seed_everything(run.config.seed, workers=True)
         training, validation = _split(run, source)
-        data = StreamData(
-            _states(run, training, run.config.seed),
-            [_states(run, validation, None)],
-        )
+        # Loading the SLM draws from the generators, and is done by now where its answers had to be generated.
+        slm = run.slm
+        lightning.seed_everything(run.config.seed, workers=True)
         stack = (
             load_adapters(Path(settings.folder))
             if settings.folder is not None
-            else AdapterStack(
-                run.slm.num_layers, run.slm.hidden_size, settings.bottleneck, settings.activation, sink=settings.sink
-            )
+            else AdapterStack(slm.num_layers, slm.hidden_size, settings.bottleneck, settings.activation, sink=settings.sink)
         )
         # Refuses adapters of another model before anything is computed with them.
-        LayerPruner(run.slm, stack)
+        LayerPruner(slm, stack)
+        data = StreamData(_states(run, training, stack, run.config.seed), [_states(run, validation, stack, None)])
         module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
         trainer = run.trainer(
             "adapters", folder, [ModelCheckpoint(folder / "checkpoints", save_last=True)], max_epochs=settings.epochs
@@ -102,7 +127,7 @@ def _fitted(run: Run) -> Artifact:
             if stack.sink_Ld is not None:
                 stack.sink_Ld.copy_(_first_residuals(run, training))
             if settings.fit == "ridge":
-                states = _states(run, training, None)
+                states = _states(run, training, stack, None)
                 fit_ridge(stack, track(states, "fitting adapters in closed form", len(states)), settings.ridge)
             else:
                 last = folder / "checkpoints" / "last.ckpt"
@@ -131,13 +156,14 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        lightning.seed_everything(run.config.seed, workers=True)
         training, validation = _split(run, source)
         stack = load_adapters(fitted.folder).to(run.slm.device).train().requires_grad_(True)
         draw = drawing(run, fitted)
+        lightning.seed_everything(run.config.seed, workers=True)
         data = StreamData(
             ContextStream(training, draw, settings.micro_batch_size, run.config.seed),
-            [ContextStream(validation, draw, settings.micro_batch_size, run.config.seed)],
+            # Several configurations of each sample: one alone would choose the checkpoint by luck.
+            [ContextStream(validation * _HELD_OUT_DRAWS, draw, settings.micro_batch_size, run.config.seed)],
         )
         best = ModelCheckpoint(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1, save_last=True)
         trainer = run.trainer(
@@ -145,7 +171,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             folder,
             [best],
             max_epochs=settings.epochs,
-            accumulate_grad_batches=settings.batch_size // settings.micro_batch_size,
+            accumulate_grad_batches=accumulation("adapter.context", settings),
             gradient_clip_val=settings.clip,
             # Products in the SLM's own dtype; what is trained is kept in float32.
             precision=run.mixed_precision,
@@ -159,7 +185,8 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
         module.load_state_dict(state)
         # How far each adapter is from its own layer now: farther than before, since it makes up for others too.
         errors = Distillation(stack, run.config.adapter.loss, instantiate(settings.optimizer))
-        trainer.validate(errors, StreamData(_states(run, validation, None), [_states(run, validation, None)]), verbose=False)
+        states = _states(run, validation, stack, None)
+        run.trainer("adapters", folder, []).validate(errors, StreamData(states, [states]), verbose=False)
         _save(run, stack, errors, folder)
         return {"kl_before": before["validation/kl"], "kl": float(best.best_model_score or math.nan)}
 
@@ -168,7 +195,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
         CONTEXT_VERSION,
         config,
         {},
-        {"adapters": fitted.fingerprint, "answers": source.fingerprint},
+        {"adapters": fitted.fingerprint, "answers": source.fingerprint, "harm": harm(run, fitted).fingerprint},
         build,
         resumable=True,
     )
@@ -195,10 +222,11 @@ def _split(run: Run, source: Artifact) -> tuple[list[Answered], list[Answered]]:
     return samples[held_out:], samples[:held_out]
 
 
-def _states(run: Run, samples: Sequence[Answered], seed: int | None) -> HiddenStateStream:
-    settings = run.config.adapter
+def _states(run: Run, samples: Sequence[Answered], stack: AdapterStack, seed: int | None) -> HiddenStateStream:
+    """The states that these adapters have to do with: without first tokens where they have residuals of their own."""
     sequences = [(*prompt, *answer) for prompt, answer in samples]
-    return HiddenStateStream(run.slm, sequences, settings.batch_tokens, seed, skip_first=settings.sink)
+    skip_first = stack.sink_Ld is not None
+    return HiddenStateStream(run.slm, sequences, run.config.adapter.batch_tokens, seed, skip_first)
 
 
 def _first_residuals(run: Run, samples: Sequence[Answered]) -> torch.Tensor:
@@ -208,11 +236,16 @@ def _first_residuals(run: Run, samples: Sequence[Answered]) -> torch.Tensor:
     return (states[1:] - states[:-1]).mean(dim=1).cpu()
 
 
-def _harm(run: Run, stand_ins: Artifact | None) -> Artifact:
+def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
     """By how many nats a token the answers get less likely where a layer is pruned alone."""
     count = run.config.adapter.draw.probe_samples
     source = _answers(run)
-    config = {"model": run.model_identity, "probe_samples": count, "seed": run.config.seed}
+    config = {
+        "model": run.model_identity,
+        "probe_samples": count,
+        "validation_share": run.config.adapter.validation_share,
+        "seed": run.config.seed,
+    }
     upstream = {"adapters": stand_ins.fingerprint if stand_ins else "none", "answers": source.fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -234,6 +267,25 @@ def _harm(run: Run, stand_ins: Artifact | None) -> Artifact:
     return run.store.get_or_build("harm", HARM_VERSION, config, {}, upstream, build, resumable=False)
 
 
+def accumulation(key: str, settings: DictConfig) -> int:
+    """How many micro-batches make a step.
+
+    Args:
+        key: Where the settings stand, for the error message.
+        settings: What has ``batch_size`` and ``micro_batch_size``.
+
+    Raises:
+        ValueError: If a step is no whole number of micro-batches.
+    """
+    size, micro = settings.batch_size, settings.micro_batch_size
+    if micro < 1 or size < micro or size % micro:
+        raise ValueError(
+            f"{key}.batch_size={size} is no multiple of {key}.micro_batch_size={micro}; for example {key}.batch_size=8 "
+            f"{key}.micro_batch_size=4"
+        )
+    return int(size // micro)
+
+
 @once_a_run
 def _answers(run: Run) -> Artifact:
     """Prompts and answers of the queries that the SLM answers right, as it answers them."""
@@ -248,6 +300,7 @@ def _answers(run: Run) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         score = get_score(settings.correct_by) if settings.correct_by is not None else None
+        perfect = perfect_score(settings.correct_by) if settings.correct_by is not None else None
         limit = run.max_new_tokens(queries)
         requests = []
         for query in queries:
@@ -258,7 +311,7 @@ def _answers(run: Run) -> Artifact:
             answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)
             for position, answer in track(answers, "answers to distil from", len(requests)):
                 output = run.slm.decode(answer.token_ids)
-                if score is None or score(output, queries[position]) == 1.0:
+                if score is None or score(output, queries[position]) == perfect:
                     right[position] = (requests[position].prompt, answer.token_ids)
         if not right:
             raise ValueError(

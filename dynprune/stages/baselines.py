@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
@@ -24,6 +25,7 @@ from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.data.prompts import render_router_input
 from dynprune.data.rollouts import by_query, read_rollouts
 from dynprune.data.tasks import Query
+from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.latency import Chooser
 from dynprune.router.encoder import TextEncoder
 from dynprune.slm.likelihood import score_configurations
@@ -49,7 +51,8 @@ def baseline_rows(run: Run) -> Iterator[Row]:
 
 def static_rows(run: Run) -> Iterator[Row]:
     """The rows of the static sets that likelihood finds."""
-    yield from _set_rows("static", static_sets(run), run.config.evaluation.static)
+    sizes = _possible(run, "evaluation.static", plain(run.config.evaluation.static), least=1)
+    yield from _set_rows("static", static_sets(run), sizes)
 
 
 @once_a_run
@@ -149,12 +152,21 @@ def _pudding(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
 
 def _oracle(run: Run, sizes: Sequence[float]) -> Iterator[Row]:
     queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
-    artifact = explore(run, "test")
+    artifact = explore(run.with_changes(_for_the_oracle(run.config)), "test")
     tried = {rollouts[0].id: rollouts for rollouts in by_query(read_rollouts(artifact.folder))}
     for size in sizes:
         best = oracle([tried[query.id] for query in queries], size)
         layers_of = {rollout.id: rollout.pruned_layers for rollout in best}
         yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}", curve="oracle")
+
+
+def _for_the_oracle(config: DictConfig) -> DictConfig:
+    """The run's exploration, but of the score that the table reports, and of queries too that the unpruned SLM gets wrong."""
+    changed = config.copy()
+    changed.exploration.score = RIGHT_BY
+    if "require_success" in changed.exploration.strategy:
+        changed.exploration.strategy.require_success = None
+    return changed
 
 
 _BASELINES: Mapping[str, Callable[[Run, Sequence[int]], Iterator[Row]]] = {
@@ -342,14 +354,17 @@ def _sizes(run: Run, name: str) -> list[Any]:
     Raises:
         ValueError: If a set cannot have so many layers.
     """
-    key = f"evaluation.baselines.{name}.sizes"
     sizes: list[Any] = plain(run.config.evaluation.baselines[name].sizes)
+    # The oracle's is a mean over queries, so it may be any number from 0 on.
+    return _possible(run, f"evaluation.baselines.{name}.sizes", sizes, least=0 if name == "oracle" else 1)
+
+
+def _possible(run: Run, key: str, sizes: list[Any], least: int) -> list[Any]:
+    num_layers = run.slm.num_layers
     for size in sizes:
-        # The oracle's is a mean over queries, so it may be any number from 0 on.
-        possible = 0 <= size <= run.slm.num_layers if name == "oracle" else size in range(1, run.slm.num_layers + 1)
-        if not possible:
+        if not least <= size <= num_layers or (least and size != int(size)):
             raise ValueError(
-                f"{key} asks for {size} layers, but {run.slm.name} has {run.slm.num_layers}; allowed: "
-                f"{0 if name == 'oracle' else 1} to {run.slm.num_layers}; for example {key}=[2,4]"
+                f"{key} asks for {size} layers, but {run.slm.name} has {num_layers}; allowed: {least} to {num_layers}; for "
+                f"example {key}=[2,4]"
             )
     return sizes

@@ -1,24 +1,24 @@
 """Budget curves of a table's methods, and the headline that follows from them."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig
 
-from dynprune.evaluation.accuracy import Sample
+from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.curves import BudgetCurve, BudgetPoint, average_seeds
 from dynprune.evaluation.headline import HIGH_SPEEDUP, Headline, headline
 from dynprune.evaluation.table import TableRow
 from dynprune.stages.evaluate import Evaluation
 from dynprune.stages.router import learns_from
+from dynprune.stages.router_rows import held_back_answers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run
-from dynprune.stages.samples import Answers, run_row
+from dynprune.stages.samples import run_row
 
-_SCORE = "ast_match"
-_STATIC_CURVES = ("static", "static_accuracy")
+STATIC_CURVES = ("static", "static_accuracy")
+"""The curves of searched static sets, of which the best on validation queries is what routers have to beat."""
 
 
 def budget_curves(evaluation: Evaluation, table: Sequence[TableRow]) -> dict[str, BudgetCurve]:
@@ -56,7 +56,10 @@ def check_headline(config: DictConfig) -> None:
     needed = {
         "evaluation.static, for example [2,4,6,8]": settings.static,
         "evaluation.baselines.oracle.sizes, for example [0,2,4,6,8]": settings.baselines.oracle.sizes,
-        "evaluation.budgets, for example [0,0.1,0.2]": settings.budgets,
+        "two budgets or more, for example evaluation.budgets=[0,0.1,0.2]": len(settings.budgets) > 1,
+        "static sets of the sizes in evaluation.adapter_ablation.sizes": not settings.adapter_ablation.adapters
+        or set(settings.adapter_ablation.sizes) & set(settings.static),
+        "evaluation.pruned_layers=null": settings.pruned_layers is None,
         "fbc in evaluation.routers": "fbc" in settings.routers,
         "a method that learns from pairs in evaluation.routers": any(
             learns_from(method) == "pairs" for method in settings.routers.values()
@@ -78,16 +81,13 @@ def headline_of(run: Run, evaluation: Evaluation, table: Sequence[TableRow], cur
     """
     preference = [f"router-{method.name}" for method in evaluation.methods if method.learns_from == "pairs"]
     routers = [f"router-{method.name}" for method in evaluation.methods]
-    validated = _validated(run, evaluation, [*routers, *(name for name in _STATIC_CURVES if name in curves)])
+    validated = _validated(run, evaluation, [*routers, *(name for name in STATIC_CURVES if name in curves)])
     best, best_preference, best_static = (
         max((name for name in names if name in validated), key=lambda name: validated[name])
-        for names in (routers, preference, _STATIC_CURVES)
+        for names in (routers, preference, STATIC_CURVES)
     )
     [chosen] = [method for method in evaluation.methods if f"router-{method.name}" == best]
-    accuracies = [
-        json.loads((artifact.folder / "manifest.json").read_text(encoding="utf-8"))["counts"]["preference_accuracy"]
-        for artifact in chosen.routers.values()
-    ]
+    accuracies = [artifact.manifest["counts"]["preference_accuracy"] for artifact in chosen.routers.values()]
     return headline(
         _correct(evaluation.samples["original"]),
         curves[best],
@@ -96,39 +96,47 @@ def headline_of(run: Run, evaluation: Evaluation, table: Sequence[TableRow], cur
         curves[best_preference],
         curves["router-fbc"],
         seeds=len(chosen.routers),
-        preference_accuracy=None if None in accuracies else float(np.mean(accuracies)),
+        preference_accuracy=float(np.mean(accuracies)),
         context_aware_gain=_adapters_gain(run, evaluation),
         lossless_speedup=_lossless_speedup(table),
     )
 
 
 def _validated(run: Run, evaluation: Evaluation, names: Sequence[str]) -> dict[str, float]:
-    """AST match on the validation split of each curve's row nearest to the headline's speedup, averaged over seeds."""
-    answers = Answers(run, run.queries("validation", None, "data.splits.validation"))
-    target = HIGH_SPEEDUP * run.slm.num_layers
+    """Accuracy of each curve at the headline's speedup, averaged over seeds, on validation queries that chose nothing else.
+
+    Of each curve the two rows on both sides of that speedup are run, and interpolated.
+    """
     found: dict[str, float] = {}
     for name in names:
         of_seed: dict[int | None, list[Row]] = {}
         for row in evaluation.rows:
             if row.curve == name:
                 of_seed.setdefault(row.seed, []).append(row)
-        nearest = [
-            min(rows, key=lambda row: abs(_mean_layers(evaluation.samples[row.name]) - row.router_layers - target))
-            for rows in of_seed.values()
-        ]
-        if nearest:
-            found[name] = float(np.mean([_correct(run_row(run, row, answers)) for row in nearest]))
+        at_target = [_at_target(run, evaluation, rows) for rows in of_seed.values()]
+        if at_target:
+            found[name] = float(np.mean(at_target))
     return found
 
 
+def _at_target(run: Run, evaluation: Evaluation, rows: Sequence[Row]) -> float:
+    layers = {row.name: _mean_layers(evaluation.samples[row.name]) - row.router_layers for row in rows}
+    target = HIGH_SPEEDUP * run.slm.num_layers
+    below = max((row for row in rows if layers[row.name] <= target), key=lambda row: layers[row.name], default=None)
+    above = min((row for row in rows if layers[row.name] >= target), key=lambda row: layers[row.name], default=None)
+    near = [row for row in (below, above) if row is not None]
+    correct = [float(_correct(run_row(run, row, held_back_answers(run))).mean()) for row in near]
+    return float(np.interp(target, [layers[row.name] for row in near], correct))
+
+
 def _adapters_gain(run: Run, evaluation: Evaluation) -> float | None:
-    """What the run's adapters gain over the other ones, both under their own static set of the largest size compared."""
+    """What the run's adapters gain over the first other ones, both under their own static set of the largest size compared."""
     ablation = run.config.evaluation.adapter_ablation
     if not ablation.adapters:
         return None
-    size, name = max(ablation.sizes), next(iter(ablation.adapters))
-    ours, theirs = (evaluation.samples.get(row) for row in (f"static-{size}", f"static-{size}-{name}"))
-    return None if ours is None or theirs is None else float(_correct(ours).mean() - _correct(theirs).mean())
+    size, name = max(set(ablation.sizes) & set(run.config.evaluation.static)), next(iter(ablation.adapters))
+    ours, theirs = evaluation.samples[f"static-{size}"], evaluation.samples[f"static-{size}-{name}"]
+    return float(_correct(ours).mean() - _correct(theirs).mean())
 
 
 def _lossless_speedup(table: Sequence[TableRow]) -> float | None:
@@ -146,9 +154,10 @@ def _point(row: TableRow, samples: Sequence[Sample]) -> BudgetPoint:
 
 
 def _timed_alike(curves: Sequence[BudgetCurve]) -> list[BudgetCurve]:
-    """Gives all seeds the measured speedups of the one that is timed: they prune as many layers at each budget."""
+    """Gives all seeds the measured speedups of the one that is timed, where all prune as many layers at each budget."""
     timed = next((curve for curve in curves if all(point.measured_speedup is not None for point in curve.points)), None)
-    if timed is None:
+    sizes = {tuple(point.mean_pruned_layers for point in curve.points) for curve in curves}
+    if timed is None or len(sizes) > 1:
         return list(curves)
     return [
         BudgetCurve(
@@ -163,7 +172,7 @@ def _timed_alike(curves: Sequence[BudgetCurve]) -> list[BudgetCurve]:
 
 
 def _correct(samples: Sequence[Sample]) -> npt.NDArray[np.float64]:
-    return np.array([sample.scores[_SCORE] for sample in samples], dtype=np.float64)
+    return np.array([sample.scores[RIGHT_BY] for sample in samples], dtype=np.float64)
 
 
 def _mean_layers(samples: Sequence[Sample]) -> float:

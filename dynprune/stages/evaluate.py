@@ -13,7 +13,7 @@ from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.latency import Timing, time_rows
-from dynprune.evaluation.lossless import count_near_ties
+from dynprune.evaluation.lossless import count_differences
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of
@@ -39,7 +39,7 @@ class Evaluation:
         rows: The rows of the table, the original first.
         samples: By row, a sample for each query.
         timings: A timing for each row and timed query.
-        near_ties: By lossless row, how many outputs differ from the original by rounding.
+        differences: By lossless row, how many outputs differ from the original by rounding, and how many otherwise.
     """
 
     queries: list[Query]
@@ -47,7 +47,7 @@ class Evaluation:
     rows: list[Row]
     samples: dict[str, list[Sample]]
     timings: list[Timing]
-    near_ties: dict[str, int]
+    differences: dict[str, tuple[int, int]]
 
 
 def evaluate(run: Run) -> Evaluation:
@@ -57,18 +57,18 @@ def evaluate(run: Run) -> Evaluation:
     rows = _rows(run, methods)
     answers = Answers(run, queries)
     samples: dict[str, list[Sample]] = {}
-    near_ties: dict[str, int] = {}
+    differences: dict[str, tuple[int, int]] = {}
     for row in rows:
         samples[row.name] = run_row(run, row, answers)
         if row.drafting is not None:
             with LayerPruner(run.slm) as pruner:
-                near_ties[row.name] = count_near_ties(run.slm, pruner, queries, samples[row.name], samples["original"])
+                differences[row.name] = count_differences(run.slm, pruner, queries, samples[row.name], samples["original"])
     del answers
     for row, said in _under_other_adapters(run, queries):
         rows.append(row)
         samples[row.name] = said
     timings = _time(run, [row for row in rows if row.timed], queries, samples["original"])
-    return Evaluation(queries, methods, rows, samples, timings, near_ties)
+    return Evaluation(queries, methods, rows, samples, timings, differences)
 
 
 def train_routers(run: Run) -> list[TrainedMethod]:
@@ -92,16 +92,21 @@ def _rows(run: Run, methods: Sequence[TrainedMethod]) -> list[Row]:
     settings = run.config.evaluation
     if settings.pruned_layers is not None:
         layers = sorted(set(settings.pruned_layers))
-        return [ORIGINAL, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
-    rows = [ORIGINAL, *baseline_rows(run), *(row for method in methods for row in router_rows(run, method))]
+        rows = [ORIGINAL, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
+    else:
+        rows = [ORIGINAL, *baseline_rows(run), *(row for method in methods for row in router_rows(run, method))]
     return [*rows, *lossless_rows(run, rows)]
 
 
 def _under_other_adapters(run: Run, queries: Sequence[Query]) -> Iterator[tuple[Row, list[Sample]]]:
     """Rows of static sets that are searched and run under other adapters than the run's."""
-    ablation = run.config.evaluation.adapter_ablation
-    for name, settings in ablation.adapters.items():
-        other = run.with_adapters(settings, ablation.sizes)
+    settings = run.config.evaluation
+    if settings.pruned_layers is not None:
+        return
+    for name, adapter in settings.adapter_ablation.adapters.items():
+        config = run.config.copy()
+        config.adapter, config.evaluation.static = adapter, settings.adapter_ablation.sizes
+        other = run.with_changes(config)
         answers = Answers(other, queries)
         for row in static_rows(other):
             yield replace(row, name=f"{row.name}-{name}", curve=None, timed=False), run_row(other, row, answers)

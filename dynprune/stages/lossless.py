@@ -30,7 +30,16 @@ def timed_row(row: Row) -> TimedRow:
 def _lossless_row(name: str, settings: DictConfig, rows: Sequence[Row]) -> Row:
     drafting = Drafting(settings.lookup, settings.draft_tokens, settings.min_probability)
     source = _source(f"evaluation.lossless.{name}", settings, rows)
-    return replace(source, name=f"lossless-{name}", origin=f"{source.origin} {drafting}", drafting=drafting)
+    return replace(
+        source,
+        name=f"lossless-{name}",
+        origin=f"{source.origin} {drafting}",
+        drafting=drafting,
+        # It has the answers of the unpruned SLM: no point of the curve of the row that drafts.
+        curve=None,
+        seed=None,
+        timed=True,
+    )
 
 
 def _source(key: str, settings: DictConfig, rows: Sequence[Row]) -> Row:
@@ -44,7 +53,7 @@ def _source(key: str, settings: DictConfig, rows: Sequence[Row]) -> Row:
             )
         return original
     if not isinstance(layers, str):
-        configuration = sorted(set(layers))
+        configuration = sorted({layers} if isinstance(layers, int) else set(layers))
         return replace(original, choose=lambda query: configuration, origin=str(configuration))
     by_name = {row.name: row for row in pruned}
     if layers not in by_name:

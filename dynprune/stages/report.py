@@ -3,30 +3,33 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dynprune.evaluation.accuracy import Sample
+from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.figures import accuracy_speedup, budget_curve, layer_error, layers_pruned
 from dynprune.evaluation.headline import write_headline
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
-from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval
+from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval, over_seeds
 from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
-from dynprune.stages.budgets import budget_curves, check_headline, headline_of
+from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_headline, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
 from dynprune.stages.samples import write_samples
 
 log = logging.getLogger(__name__)
-_COMPARED_BY = "ast_match"
+# Layers by which a static set may differ from a router and still be of its size.
+_SAME_SIZE = 0.5
 
 
 def report(run: Run) -> Path:
@@ -35,7 +38,7 @@ def report(run: Run) -> Path:
     Returns:
         The folder.
     """
-    folder = run.folder / "report"
+    folder, new = run.folder / "report", run.folder / ".report"
     check_headline(run.config)
     if run.store.rank > 0:
         # The other processes of a distributed run train along; evaluating and timing is for the first one alone.
@@ -43,26 +46,31 @@ def report(run: Run) -> Path:
         return folder
     evaluation = evaluate(run)
     rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
-    comparisons = _comparisons(evaluation, rows)
+    comparisons = _comparisons(evaluation)
     machine = {**describe_machine(), "dtype": run.model_identity["dtype"]}
     # Tables are shown to others, whom the machine's folders do not concern; other keys are made of this one.
     config = plain(OmegaConf.merge(run.config, {"paths": {"run": os.path.relpath(run.folder)}}))
-    write_table(rows, folder, machine, versions(), config, comparisons)
+    seeds = {name: over_seeds(scores) for name, scores in _by_name(evaluation).items() if len(scores) > 1}
+    # What an earlier run of this name wrote may be about other rows: it is replaced as a whole.
+    shutil.rmtree(new, ignore_errors=True)
+    write_table(rows, new, machine, versions(), config, comparisons, seeds)
     for name, samples in evaluation.samples.items():
-        write_samples(samples, folder / "samples" / f"{name}.jsonl")
-    accuracy_speedup(rows, folder / "accuracy_speedup.png")
+        write_samples(samples, new / "samples" / f"{name}.jsonl")
+    accuracy_speedup(rows, new / "accuracy_speedup.png")
     curves = budget_curves(evaluation, rows)
     if curves:
-        budget_curve(list(curves.values()), rows[0].scores[_COMPARED_BY], folder / "budget_curve.png")
+        budget_curve(list(curves.values()), rows[0].scores[RIGHT_BY], new / "budget_curve.png")
     if run.config.evaluation.headline:
-        write_headline(headline_of(run, evaluation, rows, curves), folder / "figures.json")
+        write_headline(headline_of(run, evaluation, rows, curves), new / "figures.json")
     pruned = {row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if _is_pruned(row)}
     if pruned:
-        layers_pruned(pruned, folder / "layers_pruned.png")
+        layers_pruned(pruned, new / "layers_pruned.png")
     artifact = adapters(run)
     if artifact is not None:
         errors = json.loads((artifact.folder / "errors.json").read_text(encoding="utf-8"))
-        layer_error(errors["mse"], errors["relative_error"], folder / "layer_error.png")
+        layer_error(errors["mse"], errors["relative_error"], new / "layer_error.png")
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
     Console().print(render_table(rows))
     for path in sorted(folder.iterdir()):
         log.info("wrote %s", os.path.relpath(path))
@@ -81,7 +89,7 @@ def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
         mean_pruned_layers=mean_pruned,
         nominal_speedup=nominal_speedup(mean_pruned, row.router_layers, run.slm.num_layers),
         truncated=sum(sample.truncated for sample in samples),
-        lossless=_lossless(samples, evaluation.near_ties[row.name]) if row.drafting is not None else None,
+        lossless=_lossless(samples, *evaluation.differences[row.name]) if row.drafting is not None else None,
         **_times(row.name, evaluation.timings),
     )
 
@@ -90,10 +98,10 @@ def _is_pruned(row: Row) -> bool:
     return row.name != "original" and row.drafting is None
 
 
-def _lossless(samples: list[Sample], near_ties: int) -> Lossless:
+def _lossless(samples: list[Sample], near_ties: int, unexplained: int) -> Lossless:
     totals = {name: sum(sample.drafts[name] for sample in samples) for name in samples[0].drafts}
     tokens = sum(len(sample.token_ids) + (not sample.truncated) for sample in samples)
-    return Lossless(tokens=tokens, near_ties=near_ties, **totals)
+    return Lossless(tokens=tokens, near_ties=near_ties, unexplained=unexplained, **totals)
 
 
 def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
@@ -112,21 +120,31 @@ def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
     }
 
 
-def _comparisons(evaluation: Evaluation, rows: list[TableRow]) -> list[Comparison]:
-    """Every row against the unpruned SLM, routers against the static set nearest in size and those of their budget."""
-    curve_of = {row.name: row.curve for row in evaluation.rows}
-    statics = [row for row in rows if curve_of[row.name] == "static"]
-    routers = [row for row in rows if row.name.startswith("router-")]
-    pairs = [(row.name, "original") for row in rows if row.name != "original" and row.lossless is None]
-    for router in routers:
-        nearest = sorted(statics, key=lambda s: abs(s.mean_pruned_layers - router.mean_pruned_layers))[:1]
-        pairs += [(router.name, static.name) for static in nearest]
-    # The same static set under other adapters.
-    pairs += [(static.name, row.name) for static in statics for row in rows if row.name.startswith(f"{static.name}-")]
-    budget_of = {router.name: router.name.partition("@")[2] for router in routers}
-    pairs += [(a.name, b.name) for i, a in enumerate(routers) for b in routers[:i] if budget_of[a.name] == budget_of[b.name]]
-    scores = {name: [sample.scores[_COMPARED_BY] for sample in samples] for name, samples in evaluation.samples.items()}
-    return compare(scores, pairs, _COMPARED_BY) if pairs else []
+def _comparisons(evaluation: Evaluation) -> list[Comparison]:
+    """Every row against the unpruned SLM, routers against static sets of their size and against those of their budget.
+
+    What has several seeds is compared by its averages over them, see `dynprune.evaluation.statistics`.
+    """
+    named = {row.over_seeds: row for row in evaluation.rows}
+    layers = {name: np.mean([len(s.pruned_layers) for s in evaluation.samples[row.name]]) for name, row in named.items()}
+    statics = [name for name, row in named.items() if row.curve in STATIC_CURVES]
+    routers = [name for name in named if name.startswith("router-")]
+    pairs = [(name, "original") for name, row in named.items() if _is_pruned(row)]
+    pairs += [(a, b) for a in routers for b in statics if abs(layers[a] - layers[b]) <= _SAME_SIZE]
+    # The same size of a static set, searched under other adapters.
+    pairs += [(static, name) for static in statics for name in named if name.startswith(f"{static}-")]
+    budget_of = {name: name.partition("@")[2] for name in routers}
+    pairs += [(a, b) for i, a in enumerate(routers) for b in routers[:i] if budget_of[a] == budget_of[b]]
+    return compare(_by_name(evaluation), pairs, RIGHT_BY) if pairs else []
+
+
+def _by_name(evaluation: Evaluation) -> dict[str, list[list[float]]]:
+    """Whether each answer is right, [S, N]: by the rows' names without seeds, seed by seed."""
+    found: dict[str, list[list[float]]] = {}
+    for row in evaluation.rows:
+        correct = [sample.scores[RIGHT_BY] for sample in evaluation.samples[row.name]]
+        found.setdefault(row.over_seeds, []).append(correct)
+    return found
 
 
 def _frequency(run: Run, evaluation: Evaluation, name: str) -> list[float]:

@@ -66,7 +66,7 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
 
     def build(folder: Path) -> dict[str, Any]:
         lightning.seed_everything(seed, workers=True)
-        network = new_router(run) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
+        network = new_router(run, method) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
         policy = new_policy(run, method)
         module: RouterTraining = instantiate(
             method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
@@ -85,8 +85,8 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
         best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
         trainer.validate(module, data, verbose=False)
-        # Of held-out pairs, the share in which the winner is the likelier configuration; none where there are no pairs.
-        preferred = trainer.callback_metrics.get("validation/rewards/accuracies")
+        # Of held-out pairs, the share in which the winner is the likelier configuration.
+        preferred = float(trainer.callback_metrics["validation/rewards/accuracies"])
         if not trainer.is_global_zero:
             return {}
         extra = {"policy": policy.config(), "slm": run.slm.name, "method": method.name}
@@ -94,7 +94,7 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
         return {
             "best_epoch": int(best["epoch"]),
             "validation_loss": float(checkpoint.best_model_score or 0),
-            "preference_accuracy": None if preferred is None else float(preferred),
+            "preference_accuracy": preferred,
         }
 
     return run.store.get_or_build(
@@ -134,7 +134,8 @@ def _data(
             keep = partial(keep_successful, min_score=method.min_score, min_share_of_deepest=method.min_share_of_deepest)
         stream = partial(RolloutStream, allows=policy.allows, keep=keep, only_kept=kind == "successes")
         training = stream(source.folder, seed=seed)
-        validation.append(stream(explore(run, "validation").folder, seed=None))
+        # Shuffled, once and for all: KTO compares a rollout with its neighbour, which shall be another query's as in training.
+        validation.append(stream(explore(run, "validation").folder, seed=seed))
     explored = {split: completed_ids(explore(run, split).folder) for split in ("train", "validation")}
     texts = {
         query.id: network.encoder.render(query)
@@ -197,8 +198,8 @@ def router_layers(run: Run) -> float:
     return float(costs[settings.inputs])
 
 
-def new_router(run: Run) -> Router:
-    """A router of the run's configuration with random heads."""
+def new_router(run: Run, method: DictConfig | None = None) -> Router:
+    """A router of the run's configuration with random heads, for a method; the run's by default."""
     settings = run.config.router
     if settings.ratio not in ("normal", "categorical"):
         raise ValueError(f"router.ratio={settings.ratio!r} is unknown; allowed: normal, categorical")
@@ -208,7 +209,7 @@ def new_router(run: Run) -> Router:
         settings.head_hidden_dim,
         settings.log_std_min,
         settings.log_std_max,
-        new_policy(run).k_max + 1 if settings.ratio == "categorical" else None,
+        new_policy(run, method).k_max + 1 if settings.ratio == "categorical" else None,
     )
 
 

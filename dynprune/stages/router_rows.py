@@ -1,25 +1,26 @@
 """The rows of the trained routers: each router as it is, at each budget, and at the largest budget that is safe."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from dynprune.artifacts import Artifact
 from dynprune.data.rollouts import completed_ids
 from dynprune.data.tasks import Query
+from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.risk_control import fewest_queries, last_controlled
 from dynprune.router.budget import bonus_for_mean, same_count, with_bonus
 from dynprune.stages.explore import explore
 from dynprune.stages.router import TrainedRouter, router_layers, trained_router
 from dynprune.stages.rows import ORIGINAL, Row
-from dynprune.stages.run import Run
+from dynprune.stages.run import Run, once_a_run
 from dynprune.stages.samples import Answers, run_row
 
 log = logging.getLogger(__name__)
-# The score that says whether an answer is right, for the guarantee.
-_RIGHT_BY = "ast_match"
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,32 @@ def _seed_rows(run: Run, name: str, curve: str, artifact: Artifact) -> list[Row]
     settings = run.config.evaluation
     trained = trained_router(run, artifact)
     own = Row(name, trained.chooser(), artifact.fingerprint, router_layers(run))
-    budgets = [replace(_budget_row(run, own, trained, budget), curve=curve) for budget in sorted(settings.budgets)]
-    if settings.guarantee is None:
+
+    @cache
+    def log_p_count() -> torch.Tensor:
+        explored, _ = validation_queries(run)
+        return torch.cat([trained.policy.log_p_count(trained.outputs(query)) for query in explored])
+
+    budgets = [replace(_budget_row(run, own, trained, budget, log_p_count), curve=curve) for budget in sorted(settings.budgets)]
+    if settings.guarantee.loss is None:
         return [own, *budgets]
     if not budgets:
         raise ValueError("evaluation.guarantee needs budgets to choose from; set evaluation.budgets, for example [0,0.1,0.2]")
     safe = last_controlled(_lost(run, budgets), settings.guarantee.loss, settings.guarantee.confidence)
     log.info("%s: the largest safe budget is that of %s", name, safe.name if safe else "no row, so the full SLM runs")
-    return [own, *budgets, replace(safe or ORIGINAL, name=f"{name}@safe")]
+    return [own, *budgets, replace(safe or ORIGINAL, name=f"{name}@safe", curve=None)]
 
 
-def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float) -> Row:
-    """The row of a router that is told which nominal speedup to reach."""
+def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float, log_p_count: Callable[[], torch.Tensor]) -> Row:
+    """The row of a router that is told which nominal speedup to reach.
+
+    Args:
+        run: The run.
+        own: The router's own row.
+        trained: The router.
+        budget: The nominal speedup.
+        log_p_count: Gives log P(k|x) of the explored validation queries.
+    """
     layers = budget * run.slm.num_layers + own.router_layers
     if not 0 <= layers <= trained.policy.k_max:
         raise ValueError(
@@ -73,11 +88,11 @@ def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float) -> Ro
         )
     rule = run.config.evaluation.budget_rule
     if rule == "same":
-        k = round(layers)
+        # At least the speedup that is asked for; the slack is for products such as 0.1 · 30.
+        k = math.ceil(layers - 1e-9)
         count, told = same_count(k), f"k={k}"
     elif rule == "mean":
-        explored, _ = _validation_queries(run)
-        bonus = bonus_for_mean(torch.cat([trained.policy.log_p_count(trained.outputs(query)) for query in explored]), layers)
+        bonus = bonus_for_mean(log_p_count(), layers)
         count, told = with_bonus(bonus), f"bonus={bonus!r}"
     else:
         raise ValueError(f"evaluation.budget_rule={rule!r} is unknown; allowed: same, mean")
@@ -86,7 +101,7 @@ def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float) -> Ro
 
 def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
     """Which held-back queries the full SLM gets right and a row wrong; a row is run when it is asked for."""
-    _, held_back = _validation_queries(run)
+    _, held_back = validation_queries(run)
     settings = run.config.evaluation.guarantee
     if len(held_back) < (fewest := fewest_queries(settings.loss, settings.confidence)):
         raise ValueError(
@@ -94,15 +109,22 @@ def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
             f"{fewest} validation queries at least, but only {len(held_back)} are left that the router's training did not see; "
             "lower exploration.max_validation_queries, raise data.splits.validation, or allow a larger loss"
         )
-    answers = Answers(run, held_back)
+    answers = held_back_answers(run)
     originals = run_row(run, ORIGINAL, answers)
     for row in rows:
         samples = run_row(run, row, answers)
         pairs = zip(originals, samples, strict=True)
-        yield row, [full.scores[_RIGHT_BY] == 1 and pruned.scores[_RIGHT_BY] < 1 for full, pruned in pairs]
+        yield row, [full.scores[RIGHT_BY] == 1 and pruned.scores[RIGHT_BY] < 1 for full, pruned in pairs]
 
 
-def _validation_queries(run: Run) -> tuple[list[Query], list[Query]]:
+@once_a_run
+def held_back_answers(run: Run) -> Answers:
+    """What rows say to the validation queries that were not explored; all of them where none is left."""
+    explored, held_back = validation_queries(run)
+    return Answers(run, held_back or explored)
+
+
+def validation_queries(run: Run) -> tuple[list[Query], list[Query]]:
     """The explored validation queries, and the others: those have chosen checkpoints, so a guarantee must not rest on them."""
     explored = completed_ids(explore(run, "validation").folder)
     queries = run.queries("validation", None, "evaluation.guarantee")

@@ -30,6 +30,11 @@ class Row:
     timed: bool = True
     drafting: Drafting | None = None
 
+    @property
+    def over_seeds(self) -> str:
+        """Its name without the seed: what is compared are averages over seeds."""
+        return self.name if self.seed is None else self.name.replace(f"-s{self.seed}", "", 1)
+
 
 ORIGINAL = Row("original", lambda query: (), "[]")
 """The unpruned SLM."""

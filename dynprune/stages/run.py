@@ -51,15 +51,8 @@ class Run:
         self.store = Store(Path(config.paths.artifacts), rank=getattr(rank_zero_only, "rank", 0))
         self.made: dict[tuple[str, ...], Any] = {}
 
-    def with_adapters(self, adapter: DictConfig, static: Sequence[int]) -> "Run":
-        """This run with other adapters and static sets; what is loaded already is shared.
-
-        Args:
-            adapter: The configuration of the adapters.
-            static: Sizes of the static sets.
-        """
-        config = self.config.copy()
-        config.adapter, config.evaluation.static = adapter, list(static)
+    def with_changes(self, config: DictConfig) -> "Run":
+        """A run of another configuration of the same SLM and data; what is loaded already is shared."""
         other = Run(config)
         vars(other).update({name: vars(self)[name] for name in ("slm", "splits", "model_identity") if name in vars(self)})
         return other
