@@ -3,7 +3,8 @@ import torch
 from torch.nn import functional
 
 from dynprune.adapters.stack import AdapterStack
-from dynprune.slm.adaptation import IGNORED, Adaptation, TokenisedAnswer, collate_answers, new_delta, save_delta
+from dynprune.slm.adaptation import Adaptation, TokenisedAnswer, collate_answers, new_delta, save_delta
+from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import merge_delta, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 

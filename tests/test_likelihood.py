@@ -119,5 +119,5 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it(make_slm, stack):
     wrong = [*answer[:-1], (answer[-1] + 1) % 250]
     with LayerPruner(slm, stack) as pruner:
         pruner.prune((1,))
-        _, scores = AnswerBatch.of(slm, [(prompt, answer), (prompt, wrong)]).run(slm)
+        _, scores = AnswerBatch(slm, [(prompt, answer), (prompt, wrong)]).run(slm)
     assert scores.right_B.tolist() == [True, False]

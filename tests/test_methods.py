@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from dynprune.methods.awr import AdvantageWeightedRegression
@@ -248,5 +249,5 @@ def test_a_scale_that_would_train_the_opposite_is_refused(method, change):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         settings = compose("config", overrides=[f"method={method}"]).method
     network = Router(TextEncoder("tiny:", None, 32, False), 4)
-    with pytest.raises(ValueError, match=rf"method\.module\.{key}={value} is not allowed"):
+    with pytest.raises(InstantiationException, match=rf"method\.module\.{key}={value} is not allowed"):
         instantiate(settings.module, router=network, policy=ConditionalBernoulliPolicy(4), optimizer=None, **change)

@@ -145,7 +145,7 @@ class ContextTraining(lightning.LightningModule):
         self.log("validation/kl", self._kl(batch), prog_bar=True, batch_size=len(batch.samples))
 
     def _kl(self, batch: ContextBatch) -> Tensor:
-        answers = AnswerBatch.of(self._slm, batch.samples)
+        answers = AnswerBatch(self._slm, batch.samples)
         with torch.no_grad():
             self._pruner.prune(())
             teacher_NV = answers.answer_logits(self._slm)

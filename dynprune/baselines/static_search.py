@@ -106,7 +106,7 @@ def _grow(
         raise ValueError("the search for static sets needs samples of the train split; set evaluation.static_samples")
     # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
     samples = sorted(samples, key=lambda sample: len(sample[1]))
-    batches = [AnswerBatch.of(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+    batches = [AnswerBatch(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
     if candidates is not None and candidates < largest:
         raise ValueError(
             f"evaluation.static_candidates={candidates} is fewer than the {largest} layers of the largest static set; "

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from dynprune.slm.loading import SLM
+from dynprune.slm.padding import left_padded
 
 
 class HiddenStateStream(IterableDataset[Tensor]):
@@ -56,31 +57,21 @@ class HiddenStateStream(IterableDataset[Tensor]):
 
     @torch.no_grad()
     def _states(self, batch: list[Sequence[int]]) -> Tensor:
-        width = max(len(sequence) for sequence in batch)
-        pad = self._slm.tokenizer.pad_token_id
-        ids_BT = torch.tensor([[pad] * (width - len(s)) + list(s) for s in batch], device=self._slm.device)
-        attention_BT = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in batch], device=self._slm.device)
-        positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
-        wanted_BT = positions_BT > 0 if self._skip_first else attention_BT.bool()
+        arguments = left_padded(batch, self._slm.tokenizer.pad_token_id, self._slm.device)
+        wanted_BT = arguments["position_ids"] > 0 if self._skip_first else arguments["attention_mask"].bool()
         states: list[Tensor] = []
 
-        def keep_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            states.append(arguments[0][wanted_BT])
+        def keep_input(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            states.append(inputs[0][wanted_BT])
 
-        def keep_output(module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def keep_output(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             states.append(output[wanted_BT])
 
         layers = self._slm.layers
         handles = [layer.register_forward_pre_hook(keep_input) for layer in layers[:1]]
         handles += [layer.register_forward_hook(keep_output) for layer in layers]
         try:
-            self._slm.model(
-                input_ids=ids_BT,
-                attention_mask=attention_BT,
-                position_ids=positions_BT,
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            self._slm.model(**arguments, use_cache=False, logits_to_keep=1)
         finally:
             for handle in handles:
                 handle.remove()

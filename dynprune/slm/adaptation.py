@@ -27,9 +27,10 @@ from dynprune.atomic import replacing
 from dynprune.data.augmentation import join, stated_values, swap_values, vary_tools
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.tasks import Query
+from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import SLM
+from dynprune.slm.padding import left_padded
 
-IGNORED = -100
 _FUNCTIONS = "functions.json"
 _WIDTH_STEP = 64
 
@@ -123,13 +124,9 @@ def collate_answers(samples: Sequence[TokenisedAnswer], pad_id: int) -> dict[str
     """
     # Few different widths: the CPU's matrix kernels are prepared anew for each shape, which takes longer than padding.
     width = -(-max(len(sample.ids) for sample in samples) // _WIDTH_STEP) * _WIDTH_STEP
-    padded = [[pad_id] * (width - len(s.ids)) + s.ids for s in samples]
-    mask_BT = torch.tensor([[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in samples])
     labels = [[IGNORED] * (width - s.num_answer_tokens) + s.ids[-s.num_answer_tokens :] for s in samples]
     return {
-        "input_ids": torch.tensor(padded),
-        "attention_mask": mask_BT,
-        "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+        **left_padded([sample.ids for sample in samples], pad_id, torch.device("cpu"), width),
         "labels": torch.tensor(labels),
     }
 

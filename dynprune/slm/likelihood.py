@@ -8,17 +8,18 @@ Q = samples, d = hidden size, L = layers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dynprune.slm.loading import SLM
+from dynprune.slm.padding import left_padded
 from dynprune.slm.prompt_states import tokens_at_once
 from dynprune.slm.pruning import LayerPruner, configuration_mask, starting_at
 
-_IGNORED = -100
+IGNORED = -100
+"""The label of what is no answer, as torch's cross-entropy has it."""
 
 # Prompt and answer of a sample, as tokens; the answer without a stop token.
 Answered = tuple[Sequence[int], Sequence[int]]
@@ -47,29 +48,22 @@ class AnswerScores:
 class AnswerBatch:
     """Samples that are run again and again under other configurations."""
 
-    def __init__(self, ids_BT: Tensor, attention_BT: Tensor, labels_BK: Tensor) -> None:
-        """Binds the tokens; `of` makes them of samples."""
-        self._arguments = {
-            "input_ids": ids_BT,
-            "attention_mask": attention_BT,
-            "position_ids": (attention_BT.cumsum(dim=1) - 1).clamp(min=0),
-            "use_cache": False,
-            "logits_to_keep": labels_BK.shape[1] + 1,
-        }
-        self._labels_BK = labels_BK
+    def __init__(self, slm: SLM, samples: Sequence[Answered]) -> None:
+        """Pads samples on the left; the labels are the answers, each with its stop token.
 
-    @classmethod
-    def of(cls, slm: SLM, samples: Sequence[Answered]) -> Self:
-        """Pads samples on the left; the labels are the answers, each with its stop token."""
-        stop, pad = slm.tokenizer.eos_token_id, slm.tokenizer.pad_token_id
-        answers = [[*answer, stop] for _, answer in samples]
+        Args:
+            slm: The SLM.
+            samples: B samples.
+        """
+        answers = [[*answer, slm.tokenizer.eos_token_id] for _, answer in samples]
         whole = [[*prompt, *answer] for (prompt, _), answer in zip(samples, answers, strict=True)]
-        width, keep = max(map(len, whole)), max(map(len, answers))
-        return cls(
-            torch.tensor([[pad] * (width - len(s)) + s for s in whole], device=slm.device),
-            torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in whole], device=slm.device),
-            torch.tensor([[_IGNORED] * (keep - len(a)) + a for a in answers], device=slm.device),
-        )
+        keep = max(map(len, answers))
+        self._arguments = {
+            **left_padded(whole, slm.tokenizer.pad_token_id, slm.device),
+            "use_cache": False,
+            "logits_to_keep": keep + 1,
+        }
+        self._labels_BK = torch.tensor([[IGNORED] * (keep - len(a)) + a for a in answers], device=slm.device)
 
     def answer_logits(self, slm: SLM) -> Tensor:
         """What the SLM says of each answer token and stop token under the configuration in force.
@@ -122,10 +116,10 @@ class AnswerBatch:
 
     def _labelled(self, logits_BKV: Tensor) -> Tensor:
         # Selected before the cast: most positions have no label, and a row of logits is as long as the vocabulary.
-        return logits_BKV[:, :-1][self._labels_BK != _IGNORED].float()
+        return logits_BKV[:, :-1][self._labels_BK != IGNORED].float()
 
     def _scores(self, logits_BKV: Tensor) -> AnswerScores:
-        labelled_BK = self._labels_BK != _IGNORED
+        labelled_BK = self._labels_BK != IGNORED
         logits_NV, labels_N = self._labelled(logits_BKV), self._labels_BK[labelled_BK]
         nats_BK = torch.zeros(labelled_BK.shape, device=logits_NV.device)
         nats_BK[labelled_BK] = functional.cross_entropy(logits_NV, labels_N, reduction="none")
@@ -160,7 +154,7 @@ def score_configurations(
     order = sorted(range(len(configurations)), key=lambda c: tuple(configurations[c]))
     for start in range(0, len(samples), batch_size):
         positions = by_length[start : start + batch_size]
-        batch = AnswerBatch.of(slm, [samples[position] for position in positions])
+        batch = AnswerBatch(slm, [samples[position] for position in positions])
         scores: dict[int, AnswerScores] = {}
         inputs: list[Tensor] = []
         before: Sequence[int] = ()
@@ -203,7 +197,7 @@ def estimate_configurations(
             rows = order[start : start + rows_at_once]
             first = min(_first_difference(before, configurations[c], slm.num_layers - 1) for c in rows) if inputs else 0
             pruner.prune(mask_CL[rows])
-            batch = AnswerBatch.of(slm, [sample] * len(rows))
+            batch = AnswerBatch(slm, [sample] * len(rows))
             deeper, scores = batch.run(slm, first, inputs[first].expand(len(rows), -1, -1) if inputs else None)
             nats.update(zip(rows, scores.nats_per_token_B.tolist(), strict=True))
             # Copied: a view would keep the rows of the whole batch.

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from dynprune.slm.cache import KeyValues, keys_and_values
 from dynprune.slm.loading import SLM
+from dynprune.slm.padding import left_padded
 from dynprune.slm.pruning import LayerPruner, starting_at
 
 Prompt = tuple[int, ...]
@@ -122,9 +123,6 @@ class PromptStates:
         if first == slm.num_layers:
             return states
         lengths = [len(prompt) for prompt in prompts]
-        pad = slm.tokenizer.pad_token_id
-        ids_BT = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=slm.device)
-        attention_BT = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=slm.device)
         cache, outputs = DynamicCache(), _Outputs()
         handles = [layer.register_forward_hook(outputs) for layer in slm.layers[first:]] if self._capacity else []
         known = starting_at(slm, first, _padded([path[-1].output_Td for path in paths], width)) if first else nullcontext()
@@ -133,9 +131,7 @@ class PromptStates:
         try:
             with known:
                 slm.model(
-                    input_ids=ids_BT,
-                    attention_mask=attention_BT,
-                    position_ids=(attention_BT.cumsum(dim=1) - 1).clamp(min=0),
+                    **left_padded(prompts, slm.tokenizer.pad_token_id, slm.device, width),
                     cache=cache,
                     use_cache=True,
                     logits_to_keep=1,

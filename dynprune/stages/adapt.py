@@ -20,7 +20,7 @@ from dynprune.evaluation.statistics import mean_interval
 from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delta, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
-from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of
+from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of, upstream_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -46,7 +46,7 @@ def adapt(run: Run) -> Artifact:
     stand_ins = adapters(run) if run.config.adapt.layer_dropout else None
     if run.config.adapt.layer_dropout:
         config["draw"] = plain(run.config.adapter.draw)
-        upstream |= {"adapters": stand_ins.fingerprint if stand_ins else "none", "harm": harm(run, stand_ins).fingerprint}
+        upstream |= {**upstream_of(stand_ins), "harm": harm(run, stand_ins).fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()

@@ -78,6 +78,11 @@ def _check(settings: DictConfig, num_layers: int) -> None:
         )
 
 
+def upstream_of(artifact: Artifact | None) -> dict[str, str]:
+    """What identifies the adapters in the fingerprint of an artifact that is made under them."""
+    return {"adapters": artifact.fingerprint if artifact else "none"}
+
+
 def pruner_of(run: Run, artifact: Artifact | None, slm: SLM | None = None) -> LayerPruner:
     """The pruner of the run's SLM, or another one, with the run's adapters, to be entered."""
     slm = run.slm if slm is None else slm
@@ -246,7 +251,7 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
         "validation_share": run.config.adapter.validation_share,
         "seed": run.config.seed,
     }
-    upstream = {"adapters": stand_ins.fingerprint if stand_ins else "none", "answers": source.fingerprint}
+    upstream = {**upstream_of(stand_ins), "answers": source.fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
         samples, _ = _split(run, source)

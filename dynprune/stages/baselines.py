@@ -29,7 +29,7 @@ from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.latency import Chooser
 from dynprune.router.encoder import TextEncoder
 from dynprune.slm.likelihood import score_configurations
-from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.explore import explore
 from dynprune.stages.progress import track
 from dynprune.stages.rows import Row
@@ -73,7 +73,9 @@ def static_sets(run: Run) -> Artifact:
         return {"sets": len(found), "queries": len(queries)}
 
     config = _search_config(run, largest)
-    return run.store.get_or_build("static", VERSION, config, digest(queries), _upstream(run), build, resumable=False)
+    return run.store.get_or_build(
+        "static", VERSION, config, digest(queries), upstream_of(adapters(run)), build, resumable=False
+    )
 
 
 def _static_accuracy(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
@@ -101,7 +103,9 @@ def _static_accuracy(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
 
     config = {**_search_config(run, largest), "finalists": own.finalists}
     data = {"train": digest(queries), "validation": digest(validation)}
-    artifact = run.store.get_or_build("static_accuracy", VERSION, config, data, _upstream(run), build, resumable=False)
+    artifact = run.store.get_or_build(
+        "static_accuracy", VERSION, config, data, upstream_of(adapters(run)), build, resumable=False
+    )
     yield from _set_rows("static_accuracy", artifact, sizes)
 
 
@@ -211,7 +215,9 @@ def _library(run: Run) -> Artifact:
         return {"groups": len(numbers), "queries": len(queries)}
 
     config = {**_search_config(run, largest), "groups": groups, "seed": seed, **_encoder_identity(run)}
-    return run.store.get_or_build("library", VERSION, config, digest(queries), _upstream(run), build, resumable=True)
+    return run.store.get_or_build(
+        "library", VERSION, config, digest(queries), upstream_of(adapters(run)), build, resumable=True
+    )
 
 
 @once_a_run
@@ -341,11 +347,6 @@ def _write_sets(found: Sequence[tuple[tuple[int, ...], float]], figure: str, fol
 
 def _search_config(run: Run, largest: int) -> dict[str, Any]:
     return {"model": run.model_identity, "largest": largest, "candidates": run.config.evaluation.static_candidates}
-
-
-def _upstream(run: Run) -> dict[str, str]:
-    artifact = adapters(run)
-    return {"adapters": artifact.fingerprint if artifact else "none"}
 
 
 def _sizes(run: Run, name: str) -> list[Any]:

@@ -16,7 +16,7 @@ from dynprune.evaluation.latency import Timing, time_rows
 from dynprune.evaluation.lossless import count_differences
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.slm.pruning import LayerPruner
-from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.baselines import baseline_rows, static_rows
 from dynprune.stages.lossless import lossless_rows, timed_row
 from dynprune.stages.progress import track
@@ -130,7 +130,7 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
         "device": run.config.hardware.device,
         "seed": run.config.seed,
     }
-    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
+    upstream = upstream_of(adapters_artifact)
 
     def build(folder: Path) -> dict[str, Any]:
         prompts = [run.tokens(query)[0] for query in timed]

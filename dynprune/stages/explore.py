@@ -24,7 +24,7 @@ from dynprune.exploration.engine import explore as explore_queries
 from dynprune.exploration.statistics import exploration_statistics, statistics_lines
 from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score, perfect_score
-from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, once_a_run, plain, portable_config
 
@@ -64,7 +64,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
         "estimate_all": settings.estimate_all,
         "seed": run.config.seed,
     }
-    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
+    upstream = upstream_of(adapters_artifact)
 
     def build(folder: Path) -> dict[str, Any]:
         writer = RolloutWriter(folder, num_layers=run.slm.num_layers, score=settings.score)

@@ -13,7 +13,7 @@ from dynprune.evaluation.accuracy import Sample, run_queries
 from dynprune.evaluation.lossless import run_lossless
 from dynprune.metrics.scores import mean_scores
 from dynprune.slm.prompt_states import PromptStates
-from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.progress import track
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest
@@ -58,7 +58,7 @@ def run_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
         "origin": row.origin,
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
     }
-    upstream = {"adapters": adapters_artifact.fingerprint if adapters_artifact else "none"}
+    upstream = upstream_of(adapters_artifact)
     if row.origin == ORIGINAL.origin:
         # Without pruning there is nothing that adapters could change.
         adapters_artifact, upstream = None, {}
