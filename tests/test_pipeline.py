@@ -300,6 +300,7 @@ def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_on
         (["router=slm_states", "router.slm_layers=2", "router.prunable_layers=[1,3]"], "allowed: layers from 2 on"),
         (["evaluation.budgets=[0.9]"], "a nominal speedup of 0.9 needs 4.6 pruned layers"),
         (["evaluation.guarantee={loss:0.1,confidence:0.9}"], "evaluation.guarantee needs budgets"),
+        (["evaluation.budget_rule=median"], "evaluation.budget_rule='median' is unknown; allowed: same, mean"),
         (
             ["evaluation.budgets=[0]", "evaluation.guarantee={loss:0.1,confidence:0.9}"],
             "by 22 validation queries at least",

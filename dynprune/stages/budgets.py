@@ -12,7 +12,7 @@ from dynprune.evaluation.headline import HIGH_SPEEDUP, Headline, headline
 from dynprune.evaluation.table import TableRow
 from dynprune.stages.evaluate import Evaluation
 from dynprune.stages.router import learns_from
-from dynprune.stages.router_rows import held_back_answers
+from dynprune.stages.router_rows import BUDGET_RULES, held_back_answers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run
 from dynprune.stages.samples import run_row
@@ -46,13 +46,18 @@ def budget_curves(evaluation: Evaluation, table: Sequence[TableRow]) -> dict[str
     return curves
 
 
-def check_headline(config: DictConfig) -> None:
-    """Refuses a configuration whose table lacks what its headline needs, before hours are spent on it.
+def check_table(config: DictConfig) -> None:
+    """Refuses a table that could not be finished, before hours are spent on it.
 
     Raises:
-        ValueError: If the headline is asked for and a curve that it needs is not.
+        ValueError: If there is no such rule for budgets, a guarantee has no budgets to choose from, or the headline is asked
+            for and a curve that it needs is not.
     """
     settings = config.evaluation
+    if settings.budget_rule not in BUDGET_RULES:
+        raise ValueError(f"evaluation.budget_rule={settings.budget_rule!r} is unknown; allowed: {', '.join(BUDGET_RULES)}")
+    if settings.guarantee.loss is not None and not settings.budgets:
+        raise ValueError("evaluation.guarantee needs budgets to choose from; set evaluation.budgets, for example [0,0.1,0.2]")
     needed = {
         "evaluation.static, for example [2,4,6,8]": settings.static,
         "evaluation.baselines.oracle.sizes, for example [0,2,4,6,8]": settings.baselines.oracle.sizes,

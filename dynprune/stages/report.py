@@ -21,7 +21,7 @@ from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval, over_seeds
 from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
-from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_headline, headline_of
+from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
@@ -39,7 +39,7 @@ def report(run: Run) -> Path:
         The folder.
     """
     folder, new = run.folder / "report", run.folder / ".report"
-    check_headline(run.config)
+    check_table(run.config)
     if run.store.rank > 0:
         # The other processes of a distributed run train along; evaluating and timing is for the first one alone.
         train_routers(run)

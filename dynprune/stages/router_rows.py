@@ -21,6 +21,8 @@ from dynprune.stages.run import Run, once_a_run
 from dynprune.stages.samples import Answers, run_row
 
 log = logging.getLogger(__name__)
+BUDGET_RULES = ("same", "mean")
+"""Of ``evaluation.budget_rule``: as many layers for every query, or on average over queries."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,6 @@ def _seed_rows(run: Run, name: str, curve: str, artifact: Artifact) -> list[Row]
     budgets = [replace(_budget_row(run, own, trained, budget, log_p_count), curve=curve) for budget in sorted(settings.budgets)]
     if settings.guarantee.loss is None:
         return [own, *budgets]
-    if not budgets:
-        raise ValueError("evaluation.guarantee needs budgets to choose from; set evaluation.budgets, for example [0,0.1,0.2]")
     safe = last_controlled(_lost(run, budgets), settings.guarantee.loss, settings.guarantee.confidence)
     log.info("%s: the largest safe budget is that of %s", name, safe.name if safe else "no row, so the full SLM runs")
     return [own, *budgets, replace(safe or ORIGINAL, name=f"{name}@safe", curve=None)]
@@ -86,16 +86,13 @@ def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float, log_p
             f"evaluation.budgets: a nominal speedup of {budget:g} needs {layers:g} pruned layers, the router's cost included, "
             f"but {own.name} prunes 0 to {trained.policy.k_max}; lower the budget, or raise router.k_max"
         )
-    rule = run.config.evaluation.budget_rule
-    if rule == "same":
+    if run.config.evaluation.budget_rule == "same":
         # At least the speedup that is asked for; the slack is for products such as 0.1 · 30.
         k = math.ceil(layers - 1e-9)
         count, told = same_count(k), f"k={k}"
-    elif rule == "mean":
+    else:
         bonus = bonus_for_mean(log_p_count(), layers)
         count, told = with_bonus(bonus), f"bonus={bonus!r}"
-    else:
-        raise ValueError(f"evaluation.budget_rule={rule!r} is unknown; allowed: same, mean")
     return replace(own, name=f"{own.name}@{budget:g}", choose=trained.chooser(count), origin=f"{own.origin} {told}")
 
 
