@@ -93,14 +93,14 @@ def test_a_hundred_thousand_levels_score_as_malformed(opening, closing):
 @pytest.mark.parametrize("asked", QUERIES, ids=lambda asked: str(len(asked.answers)))
 def test_the_reference_answer_has_the_highest_score_and_nonsense_the_lowest(name, asked):
     low, high = bounds(name)
-    assert get_score(name)(json.dumps(list(asked.answers)), asked) == high
-    assert get_score(name)("nonsense", asked) == low
+    assert get_score(name, "key")(json.dumps(list(asked.answers)), asked) == high
+    assert get_score(name, "key")("nonsense", asked) == low
 
 
 def test_an_unknown_score_is_refused_with_the_list_of_scores():
-    message = r"there is no score 'bleu'; the scores are json_match, ast_match, .*partial_match_normalized"
-    with pytest.raises(ValueError, match=message):
-        get_score("bleu")
+    message = r"='bleu' is unknown; allowed: json_match, ast_match, .*partial_match_normalized"
+    with pytest.raises(ValueError, match=r"exploration\.score" + message):
+        get_score("bleu", "exploration.score")
     with pytest.raises(ValueError, match=message):
         MeanScore("bleu")
 

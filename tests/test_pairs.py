@@ -226,6 +226,8 @@ def test_rollouts_without_likelihoods_cannot_be_compared_by_them(tmp_path):
     folder = write_rollouts(tmp_path / "rollouts", [some_rollouts("q", 9)])
     with pytest.raises(ValueError, match=r"has a likelihood; type exploration\.estimate_all=true, or pairs\.prefer_by=score"):
         write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, prefer_by="likelihood")
+    with pytest.raises(ValueError, match=r"type pairs\.min_winner_score=null"):
+        write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, 1.0, prefer_by="likelihood")
     with pytest.raises(ValueError, match=r"pairs\.prefer_by='nats' is unknown; allowed: score, likelihood"):
         write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, prefer_by="nats")
     for margin in (-0.1, float("nan")):

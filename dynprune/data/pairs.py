@@ -152,6 +152,11 @@ def write_pairs(
     if not margin >= 0:
         raise ValueError(f"pairs.margin={margin} is negative; allowed: 0 or more")
 
+    if prefer_by == "likelihood" and min_winner_score is not None and min_winner_score >= 0:
+        raise ValueError(
+            f"pairs.min_winner_score={min_winner_score} leaves out all pairs of pairs.prefer_by=likelihood, whose scores are "
+            "log-likelihoods below 0; type pairs.min_winner_score=null"
+        )
     header = read_header(rollouts)
     if prefer_by == "likelihood":
         header = replace(header, score=LOG_LIKELIHOOD)

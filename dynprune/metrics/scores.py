@@ -34,17 +34,18 @@ SCORES: dict[str, Score] = {
 """Each takes an output and its query; values lie in [0, 1], `partial_match` in [-5, 10]; more is better."""
 
 
-def get_score(name: str) -> Score:
+def get_score(name: str, key: str) -> Score:
     """Finds a score.
 
     Args:
         name: A key of `SCORES`.
+        key: The configuration key that names it, for the error message.
 
     Raises:
         ValueError: If there is no such score.
     """
     if name not in SCORES:
-        raise ValueError(f"there is no score {name!r}; the scores are {', '.join(SCORES)}")
+        raise ValueError(f"{key}={name!r} is unknown; allowed: {', '.join(SCORES)}")
     return SCORES[name]
 
 
@@ -77,7 +78,7 @@ class MeanScore(Metric):
             ValueError: If there is no such score.
         """
         super().__init__()
-        self.score = get_score(name)
+        self.score = get_score(name, "name")
         # Sums, not means: processes may have different numbers of queries.
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")

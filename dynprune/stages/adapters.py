@@ -304,7 +304,7 @@ def _answers(run: Run) -> Artifact:
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        score = get_score(settings.correct_by) if settings.correct_by is not None else None
+        score = get_score(settings.correct_by, "adapter.correct_by") if settings.correct_by is not None else None
         perfect = perfect_score(settings.correct_by) if settings.correct_by is not None else None
         limit = run.max_new_tokens(queries)
         requests = []

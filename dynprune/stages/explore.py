@@ -54,7 +54,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
     key = _LIMITS[split]
     queries = run.queries(split, OmegaConf.select(run.config, key), key)
     # A wrong name is refused before adapters are made.
-    get_score(settings.score)
+    get_score(settings.score, "exploration.score")
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -106,7 +106,7 @@ def _explored(
             pruner,
             queries,
             instantiate(settings.strategy),
-            get_score(settings.score),
+            get_score(settings.score, "exploration.score"),
             LOST.get(settings.score),
             settings.max_tokens_margin,
             run.config.hardware.batch_size,
