@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from dynprune.data.splits import SPLITS, select, split_by_function
+from dynprune.data.splits import SPLITS, function_groups, select, split_by_function
 from dynprune.data.tasks import Query
 
 SHARES = {"adapt": 0.4, "train": 0.2, "validation": 0.1, "test": 0.3}
@@ -85,3 +85,12 @@ def test_only_some_queries_of_each_split_are_kept_and_none_moves_to_another():
 def test_a_category_that_no_query_has_is_refused():
     with pytest.raises(ValueError, match=r"data\.only\.categories has 'c'.*allowed: null for all, or some of a, b"):
         select(split_by_function(chained(400), SHARES, seed=0), ["a", "c"], None)
+
+
+def test_queries_that_are_connected_by_functions_have_one_label():
+    calls = [("a",), ("b", "c"), ("d",), ("c", "e"), ("e",), ("a",), ("f",)]
+    queries = [query(i, *names) for i, names in enumerate(calls)]
+    labels = function_groups(queries)
+    assert labels[0] == labels[5]
+    assert labels[1] == labels[3] == labels[4]
+    assert len(set(labels)) == 4

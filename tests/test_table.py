@@ -47,7 +47,18 @@ ROWS = [
     make_row("original", mean_pruned_layers=0.0, nominal_speedup=0.0, measured_speedup=None),
     make_row("router-dpo"),
 ]
-COMPARISON = Comparison("router-dpo", "original", "ast_match", 200, Interval(-0.03, -0.08, 0.02), 9, 15, 0.3072, 0.0004)
+COMPARISON = Comparison(
+    "router-dpo",
+    "original",
+    "ast_match",
+    200,
+    Interval(-0.03, -0.08, 0.02),
+    Interval(-0.03, -0.09, 0.03),
+    9,
+    15,
+    0.3072,
+    0.0004,
+)
 
 
 def write(folder, rows=ROWS, comparisons=(COMPARISON,)):
@@ -149,7 +160,7 @@ def test_markdown_shows_times_and_comparisons(tmp_path):
     write(tmp_path)
     times = ["20.0 [19.0, 21.0]", "–", "2.34 [2.10, 2.60]", "7.3 [7.0, 7.5]"]
     assert markdown_line(tmp_path, "router-dpo", "50")[2:] == times
-    compared = ["AST match", "-3.0 [-8.0, 2.0]", "9 of 200", "15 of 200", "0.307", "< 0.001"]
+    compared = ["AST match", "-3.0 [-8.0, 2.0]", "[-9.0, 3.0]", "9 of 200", "15 of 200", "0.307", "< 0.001"]
     assert markdown_line(tmp_path, "router-dpo", "original")[2:] == compared
 
 

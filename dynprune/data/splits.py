@@ -68,6 +68,19 @@ def split_by_function(queries: Sequence[Query], shares: Mapping[str, float], see
     return {split: [queries[index] for index in sorted(indices)] for split, indices in members.items()}
 
 
+def function_groups(queries: Sequence[Query]) -> list[int]:
+    """Labels queries such that those that are connected through the functions they call have the same label.
+
+    Args:
+        queries: The queries.
+
+    Returns:
+        A label for each.
+    """
+    label_of = {position: label for label, members in enumerate(_components(queries)) for position in members}
+    return [label_of[position] for position in range(len(queries))]
+
+
 def select(
     splits: Mapping[str, Sequence[Query]], categories: Sequence[str] | None, max_chars: int | None
 ) -> dict[str, list[Query]]:

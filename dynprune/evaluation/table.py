@@ -265,7 +265,8 @@ def _markdown(
         blocks += [_seed_table(seeds)]
     if comparisons:
         blocks += [
-            "**Comparisons**, paired by query. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
+            "**Comparisons**, paired by query. By functions: the interval where queries that share a function are resampled "
+            "together. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
         ]
         blocks += [_comparison_table(comparisons)]
     blocks += [f"Machine: {_listed(machine)}.", f"Versions: {_listed(versions)}."]
@@ -341,8 +342,10 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> str:
         difference = _cell(c.difference, score_scale(c.score))
         counts = [f"{c.wins} of {c.n}", f"{c.losses} of {c.n}"]
         p_values = [_p_value(c.p_value), _p_value(c.p_holm)]
-        lines.append([c.row, c.baseline, score_label(c.score), difference, *counts, *p_values])
-    return _grid(["Row", "Against", "Score", "Difference, points", "Better", "Worse", "p", "p (Holm)"], lines)
+        grouped = _parts(c.difference_by_group, score_scale(c.score))[1] or _ABSENT
+        lines.append([c.row, c.baseline, score_label(c.score), difference, grouped, *counts, *p_values])
+    header = ["Row", "Against", "Score", "Difference, points", "By functions", "Better", "Worse", "p", "p (Holm)"]
+    return _grid(header, lines)
 
 
 def _grid(header: list[str], lines: list[list[str]]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from dynprune.data.splits import function_groups
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.figures import accuracy_speedup, budget_curve, layer_error, layers_pruned
@@ -135,7 +136,7 @@ def _comparisons(evaluation: Evaluation) -> list[Comparison]:
     pairs += [(static, name) for static in statics for name in named if name.startswith(f"{static}-")]
     budget_of = {name: name.partition("@")[2] for name in routers}
     pairs += [(a, b) for i, a in enumerate(routers) for b in routers[:i] if budget_of[a] == budget_of[b]]
-    return compare(_by_name(evaluation), pairs, RIGHT_BY) if pairs else []
+    return compare(_by_name(evaluation), pairs, RIGHT_BY, function_groups(evaluation.queries)) if pairs else []
 
 
 def _by_name(evaluation: Evaluation) -> dict[str, list[list[float]]]:
