@@ -51,7 +51,7 @@ def main(config: DictConfig) -> None:
     """Runs the stage that the configuration names, with whatever it needs that is missing."""
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        _run(config, multirun)
+        run_stage(config, multirun)
     except (ValueError, InstantiationException) as error:
         # Hydra wraps what a target raises; the user's mistake is the sentence inside.
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
@@ -61,7 +61,16 @@ def main(config: DictConfig) -> None:
         sys.exit(1)
 
 
-def _run(config: DictConfig, multirun: bool) -> None:
+def run_stage(config: DictConfig, multirun: bool) -> None:
+    """Runs the stage that a configuration names, with whatever it needs that is missing.
+
+    Args:
+        config: The composed configuration.
+        multirun: Whether it is one job of a sweep.
+
+    Raises:
+        ValueError: If there is no such stage, or it cannot be run so.
+    """
     stages = _stages()
     if config.stage not in stages:
         raise ValueError(f"stage={config.stage} is unknown; allowed: {', '.join(stages)}")

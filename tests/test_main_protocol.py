@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+
+from dynprune.app import run_stage
+from dynprune.paths import conf_dir
 
 
 def dynprune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +64,7 @@ def samples_of(report: Path, row: str) -> list[dict]:
     return [json.loads(line) for line in (report / f"samples/{row}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_seed_has_its_rows_and_the_first_one_is_timed(report):
     rows = rows_of(report)
     for method in ("fbc", "orpo"):
@@ -72,6 +77,7 @@ def test_every_seed_has_its_rows_and_the_first_one_is_timed(report):
     assert {len(s["pruned_layers"]) for s in samples_of(report, "router-fbc-s1@0.25")} == {2}
 
 
+@pytest.mark.slow
 def test_rows_that_prune_the_same_of_a_query_say_the_same(report):
     said: dict[tuple, set] = {}
     for row, numbers in rows_of(report).items():
@@ -82,6 +88,7 @@ def test_rows_that_prune_the_same_of_a_query_say_the_same(report):
     assert all(len(outputs) == 1 for outputs in said.values())
 
 
+@pytest.mark.slow
 def test_the_headline_has_all_figures_that_the_rows_allow(report):
     figures = json.loads((report / "figures.json").read_text())
     assert list(figures) == [
@@ -113,13 +120,15 @@ def test_the_headline_has_all_figures_that_the_rows_allow(report):
     assert any(figures["preference_accuracy"] == pytest.approx(np.mean(values)) for values in by_method.values())
 
 
+@pytest.mark.slow
 def test_the_curves_are_drawn(report):
     assert (report / "budget_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_headline_without_its_curves_is_refused_in_one_sentence(tmp_path):
-    result = dynprune(tmp_path, "experiment=tiny", "evaluation.headline=true")
-    assert result.returncode != 0
-    said = result.stdout + result.stderr
-    assert "evaluation.headline=true needs evaluation.baselines.oracle.sizes" in said
-    assert "building" not in said
+def test_a_headline_without_its_curves_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("config", overrides=["experiment=tiny", "paths.run=outputs/run", "evaluation.headline=true"])
+    with pytest.raises(ValueError, match=r"evaluation\.headline=true needs .*evaluation\.baselines\.oracle\.sizes"):
+        run_stage(config, multirun=False)
+    assert not Path("outputs/artifacts").exists()

@@ -138,7 +138,7 @@ class Negated:
 
     num_layers, hidden_size = L, 32
 
-    def layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def layer(self, index: int, hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         return -hidden
 
 

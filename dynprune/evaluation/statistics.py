@@ -290,7 +290,7 @@ def grouped_difference(
     """
     a_N, b_N = _paired_samples(_by_seed(a_SN).mean(axis=0), _by_seed(b_SN).mean(axis=0), confidence)
     _, group_N = np.unique(np.asarray(groups_N), return_inverse=True)
-    total_C, count_C = np.bincount(group_N, a_N - b_N), np.bincount(group_N).astype(np.float64)
+    total_C, count_C = (np.bincount(group_N, weights).astype(np.float64) for weights in (a_N - b_N, None))
     mean = float(total_C.sum() / count_C.sum())
     if _is_constant(total_C - mean * count_C):
         return Interval(mean, mean, mean)
