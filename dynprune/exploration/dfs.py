@@ -20,29 +20,23 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynprune.exploration.strategy import Configuration, Generate, Proposals, check_at_least, children, layers_to_prune
+from dynprune.exploration.strategy import ROOT, Configuration, ExcludingSearch, Generate, Proposals, check_at_least, children
 
 
 @dataclass(frozen=True)
-class DepthFirstSearch:
+class DepthFirstSearch(ExcludingSearch):
     """The thesis's depth-first search.
 
     Attributes:
         branch_factor: Children tried at the root.
         min_branch_factor: Children tried at a node, at least, where enough untried ones are left.
         max_scenarios: Configurations tried on a query, no pruning included.
-        excluded_layers: Layers that are never pruned.
-        require_success: Smallest score without pruning that makes a query worth searching; below it, no
-            pruning is all that is tried. ``None`` searches every query. The thesis left out queries that the
-            unpruned SLM fails.
         children_at_once: Siblings proposed as one batch.
     """
 
     branch_factor: int = 8
     min_branch_factor: int = 2
     max_scenarios: int = 20
-    excluded_layers: Sequence[int] = ()
-    require_success: float | None = None
     children_at_once: int = 1
 
     def __post_init__(self) -> None:
@@ -56,25 +50,10 @@ class DepthFirstSearch:
         check_at_least("max_scenarios", self.max_scenarios, 1)
         check_at_least("children_at_once", self.children_at_once, 1)
 
-    def propose(self, num_layers: int, rng: random.Random) -> Proposals:
-        """Start the search of one query; see `Strategy.propose`.
+    def _search_below(self, score: float, layers: Sequence[int], rng: random.Random) -> Proposals:
+        return self._search_node(ROOT, score, self.branch_factor, layers, rng, {ROOT})
 
-        Args:
-            num_layers: L, the SLM's decoder layers.
-            rng: Draws the children.
-
-        Raises:
-            ValueError: There is no such layer to exclude, or no layer is left.
-        """
-        return self._search(layers_to_prune(num_layers, self.excluded_layers), rng)
-
-    def _search(self, layers: Sequence[int], rng: random.Random) -> Proposals:
-        root: Configuration = ()
-        (score,) = yield Generate((root,))
-        if self.require_success is None or score >= self.require_success:
-            yield from self._search_below(root, score, self.branch_factor, layers, rng, {root})
-
-    def _search_below(
+    def _search_node(
         self,
         node: Configuration,
         score: float,
@@ -97,4 +76,4 @@ class DepthFirstSearch:
             for child_score, child in best_first:
                 if child_score >= score:
                     narrower = max(self.min_branch_factor, branch_factor // 2)
-                    yield from self._search_below(child, child_score, narrower, layers, rng, tried)
+                    yield from self._search_node(child, child_score, narrower, layers, rng, tried)

@@ -24,7 +24,7 @@ from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.rollouts import Likelihood, Rollout, Tried
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Configuration, Estimate, Proposal, Proposals, Strategy, estimating_all
-from dynprune.slm.generation import GenerationQueue, Request
+from dynprune.slm.generation import Continuation, GenerationQueue, Request
 from dynprune.slm.likelihood import estimate_configurations
 from dynprune.slm.loading import SLM
 from dynprune.slm.prompt_states import PromptStates
@@ -95,40 +95,82 @@ def explore(
         All rollouts of one query, and the likelihoods of configurations that were estimated only, as soon as its search ends;
         not in the order of the queries.
     """
-    queue = GenerationQueue(slm, pruner, batch_size, PromptStates(shared_bytes))
-    waiting = iter(queries)
-    numbers = itertools.count()
-    owner_of: dict[int, tuple[_Search, Configuration]] = {}
-    # Searches that wait for estimates, the one that waits longest first.
-    estimating: deque[_Search] = deque()
 
-    def submit(search: _Search) -> None:
+    def start(query: Query) -> _Search:
+        return _start(slm, query, strategy, max_tokens_margin, seed, estimate_all)
+
+    queue = GenerationQueue(slm, pruner, batch_size, PromptStates(shared_bytes))
+    engine = _Engine(slm, pruner, queue, batch_size, score, lost)
+    waiting = map(start, queries)
+    generated = iter(queue)
+    engine.admit(waiting)
+    while engine.is_busy:
+        search = engine.estimate() if engine.has_room else engine.take(*next(generated))
+        if search is not None and search.pending is None:
+            yield list(search.tried.values())
+        elif search is not None:
+            engine.submit(search)
+        engine.admit(waiting)
+
+
+class _Engine:
+    """Searches in flight: those whose outputs are being generated, and those that wait for estimates."""
+
+    def __init__(
+        self,
+        slm: SLM,
+        pruner: LayerPruner,
+        queue: GenerationQueue,
+        batch_size: int,
+        score: Callable[[str, Query], float],
+        lost: Callable[[str, Query], bool] | None,
+    ) -> None:
+        self._slm, self._pruner, self._queue, self._batch_size = slm, pruner, queue, batch_size
+        self._score, self._lost = score, lost
+        self._numbers = itertools.count()
+        self._owner_of: dict[int, tuple[_Search, Configuration]] = {}
+        # The one that waits longest first.
+        self._estimating: deque[_Search] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any search is in flight."""
+        return bool(self._owner_of or self._estimating)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a search waits for estimates while generation has less than a batch to do."""
+        return bool(self._estimating) and len(self._owner_of) < self._batch_size
+
+    def admit(self, waiting: Iterator[_Search]) -> None:
+        """Starts searches, as many as keep the batch full."""
+        while not self._estimating and len(self._owner_of) < _SEARCHES_A_ROW * self._batch_size:
+            if (search := next(waiting, None)) is None:
+                return
+            self.submit(search)
+
+    def submit(self, search: _Search) -> None:
+        """Takes on what a search wants next."""
         assert search.pending is not None
         if isinstance(search.pending, Estimate):
-            estimating.append(search)
+            self._estimating.append(search)
             return
         drafts = tuple(draft for draft, _ in search.drafts.most_common(_MOST_DRAFTS))
-        give_up = None if lost is None else partial(_is_lost, slm, search.query, lost)
+        give_up = None if self._lost is None else partial(_is_lost, self._slm, search.query, self._lost)
         for configuration in search.pending.configurations:
-            number = next(numbers)
-            owner_of[number] = (search, configuration)
-            queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, drafts, give_up))
+            number = next(self._numbers)
+            self._owner_of[number] = (search, configuration)
+            self._queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, drafts, give_up))
 
-    def start_searches() -> None:
-        while not estimating and len(owner_of) < _SEARCHES_A_ROW * batch_size and (query := next(waiting, None)) is not None:
-            submit(_start(slm, query, strategy, max_tokens_margin, seed, estimate_all))
-
-    def generate() -> _Search | None:
-        """Waits for the next output; the search that it belongs to, if it wanted no other."""
-        number, continuation = next(generated)
-        search, configuration = owner_of.pop(number)
-        output = slm.decode(continuation.token_ids)
+    def take(self, number: int, continuation: Continuation) -> _Search | None:
+        """Takes an output; gives the search that it belongs to, if it wanted no other."""
+        search, configuration = self._owner_of.pop(number)
+        output = self._slm.decode(continuation.token_ids)
         if continuation.cut:
             # The cut may go through a character.
             output = output.rstrip("\ufffd")
-        search.outputs[configuration] = Rollout(
-            search.query.id, configuration, score(output, search.query), output, continuation.cut
-        )
+        score = self._score(output, search.query)
+        search.outputs[configuration] = Rollout(search.query.id, configuration, score, output, continuation.cut)
         search.drafts[continuation.token_ids] += 1
         assert search.pending is not None
         if len(search.outputs) < len(search.pending.configurations):
@@ -136,23 +178,14 @@ def explore(
         _take_scores(search)
         return search
 
-    def estimate() -> _Search:
+    def estimate(self) -> _Search:
         """Makes estimates for the search that has waited longest, as long as it wants nothing else."""
-        search = estimating.popleft()
+        search = self._estimating.popleft()
         while isinstance(search.pending, Estimate):
-            wanted = search.pending.configurations
-            _take_estimates(search, estimate_configurations(slm, pruner, (search.prompt, search.answer), wanted))
+            sample = (search.prompt, search.answer)
+            nats = estimate_configurations(self._slm, self._pruner, sample, search.pending.configurations)
+            _take_estimates(search, nats)
         return search
-
-    generated = iter(queue)
-    start_searches()
-    while owner_of or estimating:
-        search = estimate() if estimating and len(owner_of) < batch_size else generate()
-        if search is not None and search.pending is None:
-            yield list(search.tried.values())
-        elif search is not None:
-            submit(search)
-        start_searches()
 
 
 def max_new_tokens(slm: SLM, query: Query, margin: float) -> int:

@@ -25,45 +25,24 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dynprune.exploration.strategy import (
-    Configuration,
-    Estimate,
-    Generate,
-    Proposals,
-    check_at_least,
-    children,
-    layers_to_prune,
-    likeliest_of_each_size,
-)
+from dynprune.exploration.guided import Estimates, GuidedSearch
+from dynprune.exploration.strategy import ROOT, Configuration, Estimate, check_at_least, children
 
 
 @dataclass(frozen=True)
-class MonteCarloTreeSearch:
+class MonteCarloTreeSearch(GuidedSearch):
     """Monte-Carlo tree search by the likelihood of the reference answer.
 
     Attributes:
-        depth: Layers of the largest configurations.
         uct_constant: c, the weight of what was visited seldom.
         widening: w, how fast the children of a node become more.
         children_at_once: Children estimated together, which share the layers below the lowest one that is pruned in one of them
             only.
-        confirmed: Configurations of a size that are generated, those with the best estimates.
-        max_configurations: Configurations generated for a query at most, no pruning included.
-        max_estimates: Configurations estimated for a query at most, no pruning included.
-        excluded_layers: Layers that are never pruned.
-        require_success: Smallest score without pruning that makes a query worth searching; below it, no
-            pruning is all that is tried. ``None`` searches every query.
     """
 
-    depth: int = 10
     uct_constant: float = 0.1
     widening: float = 0.5
     children_at_once: int = 4
-    confirmed: int = 2
-    max_configurations: int = 20
-    max_estimates: int = 160
-    excluded_layers: Sequence[int] = ()
-    require_success: float | None = None
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -71,44 +50,25 @@ class MonteCarloTreeSearch:
         Raises:
             ValueError: One of them is too small.
         """
-        for key in ("depth", "children_at_once", "confirmed", "max_configurations", "max_estimates"):
-            check_at_least(key, getattr(self, key), 1)
-        for key in ("uct_constant", "widening"):
-            check_at_least(key, getattr(self, key), 0)
+        super().__post_init__()
+        check_at_least("children_at_once", self.children_at_once, 1)
+        check_at_least("uct_constant", self.uct_constant, 0)
+        check_at_least("widening", self.widening, 0)
 
-    def propose(self, num_layers: int, rng: random.Random) -> Proposals:
-        """Start the search of one query; see `Strategy.propose`.
-
-        Args:
-            num_layers: L, the SLM's decoder layers.
-            rng: Draws the children.
-
-        Raises:
-            ValueError: There is no such layer to exclude, or no layer is left.
-        """
-        return self._search(layers_to_prune(num_layers, self.excluded_layers), rng)
-
-    def _search(self, layers: Sequence[int], rng: random.Random) -> Proposals:
-        root: Configuration = ()
-        (score,) = yield Generate((root,))
-        if self.require_success is not None and score < self.require_success:
-            return
-        nats = dict(zip([root], (yield Estimate((root,))), strict=True))
+    def _estimate(self, nats: dict[Configuration, float], layers: Sequence[int], rng: random.Random) -> Estimates:
         tree = _Tree(self, layers)
-        path = [root]
+        path = [ROOT]
         while len(nats) < self.max_estimates:
             if not tree.untried(path[-1]):
                 path = tree.descend()
             if not path:
-                break
+                return
             untried = tree.untried(path[-1])
             new = rng.sample(untried, min(self.children_at_once, self.max_estimates - len(nats), len(untried)))
             nats.update(zip(new, (yield Estimate(tuple(new))), strict=True))
             for child in new:
-                tree.add(child, path, _value(nats[child] - nats[root], len(child)))
+                tree.add(child, path, _value(nats[child] - nats[ROOT], len(child)))
             path.append(min(new, key=nats.__getitem__))
-        if best := likeliest_of_each_size(nats, self.confirmed, self.max_configurations - 1):
-            yield Generate(best)
 
 
 class _Tree:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dynprune.exploration.strategy import Configuration, Generate, Proposals, check_at_least
+from dynprune.exploration.strategy import Configuration, Generate, LayerSearch, Proposals, check_at_least
 
 
 @dataclass(frozen=True)
-class RandomSearch:
+class RandomSearch(LayerSearch):
     """The thesis's random search.
 
     Attributes:
@@ -24,9 +24,6 @@ class RandomSearch:
         stop_below: The search stops at the first size whose mean score is below this.
         first_excluded: First layers that are never pruned.
         last_excluded: Last layers that are never pruned.
-        require_success: Smallest score without pruning that makes a query worth searching; below it, no
-            pruning is all that is tried. ``None`` searches every query. The thesis kept only queries that
-            the unpruned SLM answers right.
         max_configurations: Configurations tried on a query at most, no pruning included; ``None`` for no
             limit.
     """
@@ -35,7 +32,6 @@ class RandomSearch:
     stop_below: float = 0.1
     first_excluded: int = 2
     last_excluded: int = 1
-    require_success: float | None = None
     max_configurations: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,28 +46,16 @@ class RandomSearch:
         if self.max_configurations is not None:
             check_at_least("max_configurations", self.max_configurations, 1)
 
-    def propose(self, num_layers: int, rng: random.Random) -> Proposals:
-        """Start the search of one query; see `Strategy.propose`.
-
-        Args:
-            num_layers: L, the SLM's decoder layers.
-            rng: Draws the configurations.
-
-        Raises:
-            ValueError: The excluded layers leave none to prune.
-        """
+    def _layers(self, num_layers: int) -> range:
         layers = range(self.first_excluded, num_layers - self.last_excluded)
         if not layers:
             raise ValueError(
                 f"exploration.strategy.first_excluded={self.first_excluded} and last_excluded="
                 f"{self.last_excluded} leave none of the {num_layers} layers to prune; exclude fewer"
             )
-        return self._search(layers, rng)
+        return layers
 
-    def _search(self, layers: Sequence[int], rng: random.Random) -> Proposals:
-        (score,) = yield Generate(((),))
-        if self.require_success is not None and score < self.require_success:
-            return
+    def _search_below(self, score: float, layers: Sequence[int], rng: random.Random) -> Proposals:
         tried = 1
         for size in range(1, len(layers) + 1):
             count = self.configurations_per_size

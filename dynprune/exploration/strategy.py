@@ -8,12 +8,15 @@ query, and generate all their configurations together.
 
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 # The pruned layers, in ascending order.
 Configuration = tuple[int, ...]
+ROOT: Configuration = ()
+"""No pruning."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,57 @@ class Strategy(Protocol):
             ValueError: The strategy's settings do not fit an SLM with that many layers. Raised by the call,
                 before the generator is asked for anything.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSearch(ABC):
+    """The frame of a search: no pruning is scored first, and where that is good enough, configurations below it are tried.
+
+    Attributes:
+        require_success: Smallest score without pruning that makes a query worth searching; below it, no pruning is all that is
+            tried. ``None`` searches every query. The thesis kept only queries that the unpruned SLM answers right.
+    """
+
+    require_success: float | None = None
+
+    def propose(self, num_layers: int, rng: random.Random) -> Proposals:
+        """Start the search of one query; see `Strategy.propose`.
+
+        Args:
+            num_layers: L, the SLM's decoder layers.
+            rng: Draws the configurations.
+
+        Raises:
+            ValueError: The excluded layers leave none to prune, or one of them does not exist.
+        """
+        return self._search(self._layers(num_layers), rng)
+
+    @abstractmethod
+    def _layers(self, num_layers: int) -> Sequence[int]:
+        """The layers that may be pruned, at least one."""
+
+    @abstractmethod
+    def _search_below(self, score: float, layers: Sequence[int], rng: random.Random) -> Proposals:
+        """Search configurations that prune something, given the score without pruning."""
+
+    def _search(self, layers: Sequence[int], rng: random.Random) -> Proposals:
+        (score,) = yield Generate((ROOT,))
+        if self.require_success is None or score >= self.require_success:
+            yield from self._search_below(score, layers, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExcludingSearch(LayerSearch):
+    """A search that leaves out layers by their numbers.
+
+    Attributes:
+        excluded_layers: Layers that are never pruned.
+    """
+
+    excluded_layers: Sequence[int] = ()
+
+    def _layers(self, num_layers: int) -> list[int]:
+        return layers_to_prune(num_layers, self.excluded_layers)
 
 
 def estimating_all(proposals: Proposals) -> Proposals:
