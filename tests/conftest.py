@@ -1,3 +1,4 @@
+import lightning
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,5 +31,24 @@ def make_slm():
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         tokenizer.padding_side = "left"
         return SLM(model=model, tokenizer=tokenizer, name=architecture)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Builds a trainer that keeps quiet and writes nothing; like the product's, it asks for a new loader each epoch."""
+
+    def make(epochs: int) -> lightning.Trainer:
+        return lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            reload_dataloaders_every_n_epochs=1,
+        )
 
     return make

@@ -1,23 +1,14 @@
 import pytest
 import torch
+from swapped import StandIn, random_adapters
 from torch.nn import functional
 
-from dynprune.adapters.stack import AdapterStack
 from dynprune.slm.adaptation import Adaptation, TokenisedAnswer, collate_answers, new_delta, save_delta
 from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import merge_delta, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 
 SAMPLES = [TokenisedAnswer([5, 9, 30, 41, 7, 2], 2), TokenisedAnswer([8, 60, 3], 1), TokenisedAnswer([7, 7, 90, 14], 3)]
-
-
-class Skip(torch.nn.Module):
-    def __init__(self, stack: AdapterStack, index: int) -> None:
-        super().__init__()
-        self.stack, self.index = stack, index
-
-    def forward(self, hidden, *args, **kwargs):
-        return self.stack.layer(self.index, hidden, torch.arange(hidden.shape[1])[None])
 
 
 def alone(model, sample: TokenisedAnswer) -> tuple[torch.Tensor, int]:
@@ -70,10 +61,7 @@ def test_training_goes_on_from_the_slm_with_its_delta(make_slm, tmp_path):
 
 def test_with_pruned_layers_the_loss_and_its_gradient_are_those_of_swapped_modules(make_slm, tmp_path):
     folder = random_delta(make_slm, tmp_path / "delta")
-    torch.manual_seed(1)
-    stack = AdapterStack(4, 32, 4, sink=True).requires_grad_(False)
-    for value in (*stack.parameters(), stack.sink_Ld):
-        value.copy_(torch.randn_like(value) * 0.3)
+    stack = random_adapters(sink=True)
     configurations = [(0, 2), (), (1, 3)]
 
     oracle = wrap_with_delta(make_slm().model, folder)
@@ -82,7 +70,7 @@ def test_with_pruned_layers_the_loss_and_its_gradient_are_those_of_swapped_modul
         layers = oracle.base_model.model.model.layers
         kept = {index: layers[index] for index in configuration}
         for index in configuration:
-            layers[index] = Skip(stack, index)
+            layers[index] = StandIn(stack, index)
         loss, count = alone(oracle, sample)
         total, tokens = total + loss, tokens + count
         for index, layer in kept.items():

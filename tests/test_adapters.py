@@ -202,7 +202,7 @@ def test_padding_never_reaches_the_adapters_and_every_token_comes_once_an_epoch(
 
 
 @pytest.mark.parametrize("loss", ["relative", "mse"])
-def test_distillation_trains_every_layer_towards_its_layer_and_changes_every_parameter(make_slm, tmp_path, loss):
+def test_distillation_trains_every_layer_towards_its_layer_and_changes_every_parameter(make_slm, make_trainer, loss):
     lightning.seed_everything(0)
     slm = make_slm()
     stack = AdapterStack(4, 32, 16)
@@ -212,16 +212,7 @@ def test_distillation_trains_every_layer_towards_its_layer_and_changes_every_par
         HiddenStateStream(slm, sequences(40), batch_tokens=128, seed=0),
         [HiddenStateStream(slm, sequences(6), batch_tokens=128, seed=None)],
     )
-    trainer = lightning.Trainer(
-        max_epochs=20,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-    )
+    trainer = make_trainer(20)
     trainer.fit(module, data)
     assert (module.relative_error_L < 0.92).all()
     assert all(not torch.equal(value, before[name]) for name, value in stack.state_dict().items())

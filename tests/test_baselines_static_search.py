@@ -1,29 +1,11 @@
-import copy
 import itertools
 
 import pytest
 import torch
+from swapped import random_adapters, swapped, target_logits
 
-from dynprune.adapters.stack import AdapterStack
 from dynprune.baselines.static_search import accurate_static_sets, greedy_static_sets
 from dynprune.slm.pruning import LayerPruner
-
-
-class Skip(torch.nn.Module):
-    def __init__(self, stack: AdapterStack, index: int) -> None:
-        super().__init__()
-        self.stack, self.index = stack, index
-
-    def forward(self, hidden, *args, **kwargs):
-        return self.stack.layer(self.index, hidden)
-
-
-def adapters() -> AdapterStack:
-    torch.manual_seed(1)
-    stack = AdapterStack(4, 32, 4).requires_grad_(False)
-    for parameter in stack.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return stack
 
 
 def samples() -> list[tuple[list[int], list[int]]]:
@@ -36,21 +18,18 @@ def samples() -> list[tuple[list[int], list[int]]]:
 
 def nats_per_token(slm, stack, pruned, data) -> float:
     """Sample by sample, without padding or sharing."""
-    model = copy.deepcopy(slm.model)
-    for index in pruned:
-        model.model.layers[index] = Skip(stack, index)
+    model = swapped(slm.model, stack, pruned)
     total, count = 0.0, 0
     for prompt, answer in data:
         target = [*answer, slm.tokenizer.eos_token_id]
-        logits = model(input_ids=torch.tensor([prompt + target]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        total -= logits.log_softmax(-1)[range(len(target)), target].sum().item()
+        total -= target_logits(model, prompt, target).log_softmax(-1)[range(len(target)), target].sum().item()
         count += len(target)
     return total / count
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_each_step_adds_the_layer_that_hurts_the_likelihood_least(make_slm, batch_size):
-    slm, stack, data = make_slm(), adapters(), samples()
+    slm, stack, data = make_slm(), random_adapters(), samples()
     with LayerPruner(slm, stack) as pruner:
         found = list(greedy_static_sets(slm, pruner, data, 3, None, batch_size))
     chosen: tuple[int, ...] = ()
@@ -75,7 +54,7 @@ def test_impossible_sizes_and_missing_samples_are_refused(make_slm):
 
 
 def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
-    slm, stack, data = make_slm(), adapters(), samples()
+    slm, stack, data = make_slm(), random_adapters(), samples()
     alone = sorted(range(4), key=lambda layer: nats_per_token(slm, stack, [layer], data))
     with LayerPruner(slm, stack) as pruner:
         *_, (pair, _) = greedy_static_sets(slm, pruner, data, 2, 2, 8)
@@ -86,15 +65,12 @@ def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
 
 def next_tokens(slm, stack, pruned, prompts) -> torch.Tensor:
     """What follows each prompt in a swapped model, without padding or sharing."""
-    model = copy.deepcopy(slm.model)
-    for index in pruned:
-        model.model.layers[index] = Skip(stack, index)
-    return model(input_ids=prompts, use_cache=False).logits[:, -1].argmax(-1)
+    return swapped(slm.model, stack, pruned)(input_ids=prompts, use_cache=False).logits[:, -1].argmax(-1)
 
 
 @pytest.mark.parametrize(("finalists", "batch_size", "place"), [(1, 64, 0), (2, 3, 1), (4, 64, 2)])
 def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, batch_size, place):
-    slm, stack, data = make_slm(), adapters(), samples()
+    slm, stack, data = make_slm(), random_adapters(), samples()
     prompts = torch.randint(0, 250, (600, 6), generator=torch.Generator().manual_seed(4))
     # Answers without a token, which are right where the stop token follows. This one follows more often without the second
     # likeliest layer than without the likeliest, and most often without the third: the number of finalists decides.
@@ -118,7 +94,7 @@ def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, b
 
 
 def test_among_equally_accurate_sets_the_likeliest_is_taken(make_slm):
-    slm, stack, data = make_slm(), adapters(), samples()
+    slm, stack, data = make_slm(), random_adapters(), samples()
     with LayerPruner(slm, stack) as pruner:
         [(likeliest, _)] = greedy_static_sets(slm, pruner, data, 1, None, 8)
         # Nothing is right whatever is pruned: random weights do not give random answers.

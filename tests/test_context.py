@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import rel_entr, softmax
+from swapped import swapped, target_logits
 
 from dynprune.adapters.context import ContextBatch, ContextStream, ContextTraining, answer_kl, draw_configuration
 from dynprune.adapters.stack import AdapterStack
@@ -63,15 +64,6 @@ def test_an_epoch_has_each_sample_once_under_a_configuration_of_its_own():
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-class Skip(torch.nn.Module):
-    def __init__(self, stack: AdapterStack, index: int) -> None:
-        super().__init__()
-        self.stack, self.index = stack, index
-
-    def forward(self, hidden, *args, **kwargs):
-        return self.stack.layer(self.index, hidden)
-
-
 def test_the_loss_and_its_gradient_are_those_of_swapped_modules_sample_by_sample(make_slm):
     slm = make_slm()
     torch.manual_seed(1)
@@ -83,14 +75,11 @@ def test_the_loss_and_its_gradient_are_those_of_swapped_modules_sample_by_sample
     oracle = copy.deepcopy(stack)
     total, tokens = torch.zeros(()), 0
     for (prompt, answer), configuration in zip(data, configurations, strict=True):
-        swapped = copy.deepcopy(slm.model)
-        for index in configuration:
-            swapped.model.layers[index] = Skip(oracle, index)
-        ids = torch.tensor([[*prompt, *answer, slm.tokenizer.eos_token_id]])
-        kept = slice(len(prompt) - 1, -1)
+        target = [*answer, slm.tokenizer.eos_token_id]
         with torch.no_grad():
-            log_p = slm.model(input_ids=ids, use_cache=False).logits[0, kept].log_softmax(-1)
-        log_q = swapped(input_ids=ids, use_cache=False).logits[0, kept].log_softmax(-1)
+            log_p = target_logits(slm.model, prompt, target).log_softmax(-1)
+        # The stack is not copied with the model: it gets the gradients.
+        log_q = target_logits(swapped(slm.model, oracle, configuration), prompt, target).log_softmax(-1)
         total = total + (log_p.exp() * (log_p - log_q)).sum()
         tokens += len(log_p)
     (total / tokens).backward()
@@ -105,7 +94,7 @@ def test_the_loss_and_its_gradient_are_those_of_swapped_modules_sample_by_sample
     assert all(parameter.grad is None for parameter in slm.model.parameters())
 
 
-def test_training_lowers_the_held_out_kl_and_leaves_the_slm_as_it_is(make_slm, tmp_path):
+def test_training_lowers_the_held_out_kl_and_leaves_the_slm_as_it_is(make_slm, make_trainer):
     lightning.seed_everything(0)
     slm = make_slm()
     before = copy.deepcopy(slm.model.state_dict())
@@ -114,16 +103,7 @@ def test_training_lowers_the_held_out_kl_and_leaves_the_slm_as_it_is(make_slm, t
         ContextStream(samples(40), partial(draw_configuration, [1.0] * 4, 1, 2), batch_size=8, seed=0),
         [ContextStream(samples(8), partial(draw_configuration, [1.0] * 4, 1, 2), batch_size=8, seed=0)],
     )
-    trainer = lightning.Trainer(
-        max_epochs=25,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-    )
+    trainer = make_trainer(25)
     with LayerPruner(slm, stack) as pruner:
         module = ContextTraining(slm, pruner, stack, partial(torch.optim.Adam, lr=1e-2), 0.1)
         [untrained] = trainer.validate(module, data, verbose=False)

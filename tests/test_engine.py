@@ -1,4 +1,3 @@
-import copy
 import itertools
 import math
 import random
@@ -6,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
+from swapped import random_adapters, swapped, target_logits
 
 from dynprune.adapters.stack import AdapterStack
 from dynprune.data.prompts import answer_tokens, prompt_tokens, render_answer, render_prompt
@@ -34,28 +33,9 @@ def queries(n: int) -> list[Query]:
     ]
 
 
-def adapters() -> AdapterStack:
-    torch.manual_seed(1)
-    stack = AdapterStack(4, 32, 4).requires_grad_(False)
-    for parameter in stack.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return stack
-
-
-class Skip(torch.nn.Module):
-    def __init__(self, stack: AdapterStack, index: int) -> None:
-        super().__init__()
-        self.stack, self.index = stack, index
-
-    def forward(self, hidden, *args, **kwargs):
-        return self.stack.layer(self.index, hidden)
-
-
 def generated(slm, stack: AdapterStack, query: Query, pruned: Sequence[int], limit: int) -> str:
     """What transformers itself generates with the layers swapped for their adapters, without a cache."""
-    model = copy.deepcopy(slm.model)
-    for index in pruned:
-        model.model.layers[index] = Skip(stack, index)
+    model = swapped(slm.model, stack, pruned)
     ids = slm.tokenizer(render_prompt(slm.tokenizer, query), return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=limit, do_sample=False, use_cache=False, pad_token_id=0)
     return slm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -68,7 +48,7 @@ def length_score(output: str, query: Query) -> float:
 def run(
     slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, estimate_all: bool = False
 ) -> dict[str, list]:
-    with LayerPruner(slm, adapters()) as pruner:
+    with LayerPruner(slm, random_adapters()) as pruner:
         found = list(
             explore(slm, pruner, queries(n), strategy, length_score, None, 0.25, batch_size, shared_bytes, seed, estimate_all)
         )
@@ -85,7 +65,7 @@ def test_every_rollout_is_what_plain_generation_of_its_configuration_says_and_sc
     for query in queries(5):
         for rollout in found[query.id]:
             limit = math.ceil(0.25 * (len(render_answer(query)) + 1))
-            output = generated(slm, adapters(), query, rollout.pruned_layers, limit)
+            output = generated(slm, random_adapters(), query, rollout.pruned_layers, limit)
             assert rollout.output == output
             assert rollout.score == length_score(output, query)
             checked += 1
@@ -137,7 +117,7 @@ def test_outputs_are_cut_where_the_score_is_certain_and_the_scores_do_not_change
         return len(output) > 1 and ord(output[1]) % 2 == 0
 
     slm, strategy = make_slm(), RandomSearch(configurations_per_size=4, stop_below=-1, first_excluded=0, last_excluded=0)
-    with LayerPruner(slm, adapters()) as pruner:
+    with LayerPruner(slm, random_adapters()) as pruner:
         whole, cut = (
             {r.id + str(r.pruned_layers): r for found in results for r in found}
             for results in (
@@ -155,12 +135,9 @@ def test_outputs_are_cut_where_the_score_is_certain_and_the_scores_do_not_change
 
 def nats_per_token(slm, query: Query, pruned: Sequence[int]) -> float:
     """Of the reference answer, in a model whose layers were swapped, one sample at a time."""
-    model, stack = copy.deepcopy(slm.model), adapters()
-    for index in pruned:
-        model.model.layers[index] = Skip(stack, index)
+    model = swapped(slm.model, random_adapters(), pruned)
     prompt, answer = prompt_tokens(slm.tokenizer, query), [*answer_tokens(slm.tokenizer, query), slm.tokenizer.eos_token_id]
-    logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return -logits.log_softmax(-1)[range(len(answer)), answer].mean().item()
+    return -target_logits(model, prompt, answer).log_softmax(-1)[range(len(answer)), answer].mean().item()
 
 
 class Alternating:
@@ -313,5 +290,5 @@ def test_thousands_of_random_configurations_say_what_plain_generation_says(make_
     assert len(rollouts) >= 1000
     by_id = {query.id: query for query in queries(64)}
     for rollout in rollouts:
-        want = generated(slm, adapters(), by_id[rollout.id], rollout.pruned_layers, limits[rollout.id])
+        want = generated(slm, random_adapters(), by_id[rollout.id], rollout.pruned_layers, limits[rollout.id])
         assert rollout.output == want, rollout

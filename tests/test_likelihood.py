@@ -1,39 +1,25 @@
-import copy
 import itertools
 
 import pytest
 import torch
+from swapped import random_adapters, swapped, target_logits
 
 from dynprune.adapters.stack import AdapterStack
 from dynprune.slm.likelihood import AnswerBatch, estimate_configurations, score_configurations
 from dynprune.slm.pruning import LayerPruner
 
 
-class Skip(torch.nn.Module):
-    def __init__(self, stack: AdapterStack, index: int) -> None:
-        super().__init__()
-        self.stack, self.index = stack, index
-
-    def forward(self, hidden, *args, **kwargs):
-        return self.stack.layer(self.index, hidden)
-
-
 def alone(slm, stack, pruned, sample) -> tuple[float, int, bool]:
     """One sample in a model whose layers were swapped: nats, tokens, and whether every answer token is the likeliest."""
-    model = copy.deepcopy(slm.model)
-    for index in pruned:
-        model.model.layers[index] = Skip(stack, index)
     prompt, answer = sample
     target = [*answer, slm.tokenizer.eos_token_id]
-    logits = model(input_ids=torch.tensor([[*prompt, *target]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits = target_logits(swapped(slm.model, stack, pruned), prompt, target)
     nats = -logits.log_softmax(-1)[range(len(target)), target].sum().item()
     return nats, len(target), logits.argmax(-1).tolist() == target
 
 
 def greedy(slm, stack, pruned, prompt, length) -> list[int]:
-    model = copy.deepcopy(slm.model)
-    for index in pruned:
-        model.model.layers[index] = Skip(stack, index)
+    model = swapped(slm.model, stack, pruned)
     tokens = list(prompt)
     for _ in range(length):
         tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
@@ -42,11 +28,7 @@ def greedy(slm, stack, pruned, prompt, length) -> list[int]:
 
 @pytest.fixture
 def stack() -> AdapterStack:
-    torch.manual_seed(1)
-    stack = AdapterStack(4, 32, 4).requires_grad_(False)
-    for parameter in stack.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return stack
+    return random_adapters()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from swapped import random_adapters
 
 from dynprune.adapters.stack import AdapterStack
 from dynprune.slm.prompt_states import PromptStates
@@ -18,11 +19,7 @@ def slm(request, make_slm):
 
 @pytest.fixture
 def adapters() -> AdapterStack:
-    torch.manual_seed(1)
-    stack = AdapterStack(L, 32, 4).requires_grad_(False)
-    for parameter in stack.parameters():
-        parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return stack
+    return random_adapters(L)
 
 
 def all_choices() -> list[tuple[bool, ...]]:

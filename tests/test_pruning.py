@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from swapped import random_adapters
 from transformers import DynamicCache
 
 from dynprune.adapters.stack import AdapterStack
@@ -15,14 +16,6 @@ from dynprune.slm.pruning import LayerPruner, starting_at
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"]
 L = 4
-
-
-def random_adapters() -> AdapterStack:
-    torch.manual_seed(1)
-    adapters = AdapterStack(num_layers=L, hidden_size=32, bottleneck=4, sink=True).requires_grad_(False)
-    for value in (*adapters.parameters(), adapters.sink_Ld):
-        value.copy_(torch.randn_like(value) * 0.3)
-    return adapters
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -76,7 +69,7 @@ ALL = [c for k in range(L + 1) for c in itertools.combinations(range(L), k)]
 
 
 def test_cached_logits_equal_uncached_recomputation_for_every_configuration_in_one_left_padded_batch(slm):
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     rows = prompts(len(ALL))
     extra = [11, 12, 13]
     width = max(map(len, rows))
@@ -115,7 +108,7 @@ def test_cached_logits_equal_uncached_recomputation_for_every_configuration_in_o
 
 @pytest.mark.parametrize("pruned", [(0,), (0, 1), (3,), (0, 1, 2, 3), (1, 2)])
 def test_transformers_own_generate_works_in_the_context_with_padding_and_without_position_ids(slm, pruned):
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     rows = prompts(3)
     batch = slm.tokenizer.pad({"input_ids": [list(p) for p in rows]}, return_tensors="pt")
     with LayerPruner(slm, adapters) as pruner:
@@ -128,7 +121,7 @@ def test_transformers_own_generate_works_in_the_context_with_padding_and_without
 
 
 def test_mixed_batches_with_and_without_drafts_say_what_single_rows_say(slm):
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     rows = prompts(len(ALL))
     want = [plain_greedy(slm, adapters, p, c, 8) for p, c in zip(rows, ALL, strict=True)]
     other = [tuple(plain_greedy(slm, adapters, p, (), 8)[0]) for p in rows]
@@ -150,7 +143,7 @@ def test_mixed_batches_with_and_without_drafts_say_what_single_rows_say(slm):
 def stopping_at_each(slm: SLM, step: int, limit: int) -> tuple[AdapterStack, list, list]:
     """Adapters, a prompt for each configuration, and what each says alone where every so many tokens stop it."""
     slm.model.generation_config.eos_token_id = list(range(0, 257, step))
-    adapters, rows = random_adapters(), prompts(len(ALL))
+    adapters, rows = random_adapters(L, sink=True), prompts(len(ALL))
     want = [plain_greedy(slm, adapters, p, c, limit) for p, c in zip(rows, ALL, strict=True)]
     assert len({len(tokens) for tokens, _ in want}) > 1
     return adapters, rows, want
@@ -194,7 +187,7 @@ def test_where_a_row_is_given_up_depends_neither_on_the_batch_nor_on_drafts(slm,
 
 
 def test_requests_may_come_while_results_are_taken(slm):
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     rows = prompts(len(ALL))
     want = [plain_greedy(slm, adapters, p, c, 6)[0] for p, c in zip(rows, ALL, strict=True)]
     got = {}
@@ -210,7 +203,7 @@ def test_requests_may_come_while_results_are_taken(slm):
 
 
 def test_a_row_that_is_given_up_ends_there_and_the_others_do_not(slm):
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     rows = prompts(4)
     want = [plain_greedy(slm, adapters, p, (1,), 8)[0] for p in rows]
     requests = [Request(p, (1,), 8, (), (lambda said: len(said) == 3) if i == 2 else None) for i, p in enumerate(rows)]
@@ -239,7 +232,7 @@ def test_a_cache_that_reserves_room_holds_what_one_that_copies_holds():
 
 def test_drafts_do_no_harm_where_a_sliding_window_is_shorter_than_the_text(make_slm):
     slm = make_slm("mistral", sliding_window=8)
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     rows = prompts(4)
     with LayerPruner(slm, adapters) as pruner:
         plain = in_order(generate_all(slm, pruner, [Request(p, (0,), 8) for p in rows], 4))
@@ -253,7 +246,7 @@ def test_leaving_the_context_restores_the_model_bit_for_bit_even_after_an_error(
     modules = [type(m) for m in slm.model.modules()]
 
     def prune_and_fail() -> None:
-        with LayerPruner(slm, random_adapters()) as pruner:
+        with LayerPruner(slm, random_adapters(L, sink=True)) as pruner:
             pruner.prune([0, 2])
             assert not torch.equal(slm.model(input_ids=ids).logits, before)
             raise RuntimeError("on purpose")
@@ -311,7 +304,7 @@ def test_a_mask_for_another_batch_adapters_for_another_model_and_nesting_are_ref
 
 @pytest.mark.parametrize("first", range(L))
 def test_a_pass_that_starts_at_a_layer_with_its_known_input_ends_as_the_whole_pass_does(slm, first):
-    adapters = random_adapters()
+    adapters = random_adapters(L, sink=True)
     ids = torch.arange(20)[None]
     inputs = []
     with LayerPruner(slm, adapters) as pruner:
