@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from tiny import composed, samples_of, table_of
 
 import dynprune.stages.baselines as baselines
 from dynprune.data.rollouts import read_rollouts
-from dynprune.paths import conf_dir
 from dynprune.stages.baselines import baseline_rows
 from dynprune.stages.report import report
 from dynprune.stages.run import Run
@@ -33,9 +32,8 @@ NAMES = [
 
 
 def tiny_run(folder: Path, *overrides: str) -> Run:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        places = [f"paths.run={folder / 'run'}", f"paths.artifacts={folder / 'artifacts'}"]
-        return Run(compose("config", overrides=["experiment=tiny", "evaluation.max_queries=4", *places, *overrides]))
+    places = [f"paths.run={folder / 'outputs/run'}", f"paths.artifacts={folder / 'outputs/artifacts'}"]
+    return Run(composed("experiment=tiny", "evaluation.max_queries=4", *places, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +44,11 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def table(folder) -> dict[str, dict]:
     report(tiny_run(folder, *EVERY, "evaluation.latency.queries=1", "evaluation.latency.warmup=0"))
-    rows = json.loads((folder / "run/report/table.json").read_text())["rows"]
-    return {row["name"]: row for row in rows}
+    return table_of(folder, "run")
 
 
 def configurations(folder: Path, row: str) -> dict[str, tuple[int, ...]]:
-    lines = (folder / f"run/report/samples/{row}.jsonl").read_text().splitlines()
-    return {sample["id"]: tuple(sample["pruned_layers"]) for sample in map(json.loads, lines)}
+    return {sample["id"]: tuple(sample["pruned_layers"]) for sample in samples_of(folder, "run", row)}
 
 
 def test_every_baseline_has_its_rows_between_the_original_and_the_router(table):
@@ -76,14 +72,14 @@ def test_fixed_baselines_prune_the_same_layers_for_all_queries(table, folder):
     assert set(sets["static_accuracy-1"]) < set(sets["static_accuracy-2"])
     assert set(sets["block_influence-1"]) < set(sets["block_influence-3"])
     # Those that choose by embedding choose from the library.
-    [library] = (folder / "artifacts/losses").glob("*/sets.json")
+    [library] = (folder / "outputs/artifacts/losses").glob("*/sets.json")
     for name in ("nearest_centroid-2", "pudding-1", "pudding-2"):
         assert set(configurations(folder, name).values()) <= {tuple(layers) for layers in json.loads(library.read_text())}
 
 
 def test_the_oracle_takes_the_best_that_the_exploration_of_the_test_queries_tried(table, folder):
     chosen = configurations(folder, "oracle-0")
-    shards = [path.parent for path in (folder / "artifacts/explore").glob("*/manifest.json")]
+    shards = [path.parent for path in (folder / "outputs/artifacts/explore").glob("*/manifest.json")]
     rollouts = [rollout for shard in shards for rollout in read_rollouts(shard) if rollout.id in chosen]
     assert {rollout.id for rollout in rollouts} == set(chosen)
     for query, layers in chosen.items():
@@ -94,7 +90,7 @@ def test_the_oracle_takes_the_best_that_the_exploration_of_the_test_queries_trie
 
 def test_the_same_rows_again_are_made_from_what_is_there(table, folder):
     def times() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("*.json")}
+        return {path: path.stat().st_mtime_ns for path in (folder / "outputs/artifacts").rglob("*.json")}
 
     before = times()
     rows = list(baseline_rows(tiny_run(folder, *EVERY)))
@@ -119,7 +115,7 @@ def test_a_search_of_the_library_that_is_stopped_goes_on_where_it_was(table, fol
     monkeypatch.setattr(baselines, "greedy_static_sets", stopped)
     with pytest.raises(KeyboardInterrupt):
         list(baseline_rows(tiny_run(folder, *changed)))
-    [partial] = (folder / "artifacts/library").glob("*.partial")
+    [partial] = (folder / "outputs/artifacts/library").glob("*.partial")
     [kept] = partial.glob("group-*.json")
     content = kept.read_text()
     calls = []
@@ -147,7 +143,7 @@ def test_a_measurement_of_the_losses_that_is_stopped_goes_on_where_it_was(table,
         list(baseline_rows(tiny_run(folder, *changed)))
     list(baseline_rows(tiny_run(folder, *changed)))
     assert asked == [9, 5]
-    losses = [baselines._read_losses(path.parent) for path in (folder / "artifacts/losses").glob("*/sets.json")]
+    losses = [baselines._read_losses(path.parent) for path in (folder / "outputs/artifacts/losses").glob("*/sets.json")]
     assert [len(table) for table in losses] == [9] * len(losses)
 
 

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from hydra import compose, initialize_config_dir
+from tiny import composed
 
 from dynprune.data.pairs import read_pairs
 from dynprune.data.rollouts import RolloutWriter, read_likelihoods, read_rollouts
-from dynprune.paths import conf_dir
 from dynprune.stages.explore import STATISTICS, explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.run import Run
@@ -15,8 +14,7 @@ from dynprune.stages.run import Run
 
 def tiny(folder, *overrides: str) -> Run:
     paths = [f"paths.run={folder}/run", f"paths.artifacts={folder}/artifacts"]
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return Run(compose("config", ["experiment=tiny", "adapter=identity", "exploration.max_queries=4", *paths, *overrides]))
+    return Run(composed("experiment=tiny", "adapter=identity", "exploration.max_queries=4", *paths, *overrides))
 
 
 GUIDED = (

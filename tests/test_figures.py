@@ -20,10 +20,10 @@ from dynprune.evaluation.figures import (
     build_layers_pruned,
     layer_error,
     layers_pruned,
-    row_color,
 )
 from dynprune.evaluation.labels import Label, place_labels
 from dynprune.evaluation.statistics import Interval, MedianInterval, mean_interval
+from dynprune.evaluation.style import row_color
 from dynprune.evaluation.table import SCORES, TableRow
 
 

@@ -6,9 +6,9 @@ import types
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from tiny import composed
 
 from dynprune.methods.awr import AdvantageWeightedRegression
 from dynprune.methods.base import RouterTraining
@@ -19,7 +19,6 @@ from dynprune.methods.kto import KahnemanTverskyOptimization
 from dynprune.methods.orpo import OddsRatioPreferenceOptimization
 from dynprune.methods.simpo import SimplePreferenceOptimization
 from dynprune.methods.value import ValueRegression
-from dynprune.paths import conf_dir
 from dynprune.router.encoder import TextEncoder
 from dynprune.router.policies import ConditionalBernoulliPolicy, ValuePolicy
 from dynprune.router.router import Router
@@ -246,8 +245,7 @@ def test_value_regression_refuses_a_policy_that_does_not_search_the_reward():
 )
 def test_a_scale_that_would_train_the_opposite_is_refused(method, change):
     [(key, value)] = change.items()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        settings = compose("config", overrides=[f"method={method}"]).method
+    settings = composed(f"method={method}").method
     network = Router(TextEncoder("tiny:", None, 32, False), 4)
     with pytest.raises(InstantiationException, match=rf"method\.module\.{key}={value} is not allowed"):
         instantiate(settings.module, router=network, policy=ConditionalBernoulliPolicy(4), optimizer=None, **change)

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from safetensors.torch import load_file
+from tiny import manifests, run_tiny, samples_of, table_of
 
 from dynprune.adapters.checkpoint import load_adapters
-from dynprune.app import run_stage
 from dynprune.data.pairs import read_pairs
 from dynprune.data.rollouts import read_rollouts
-from dynprune.paths import conf_dir
 
 SCORES = ("json_match", "ast_match", "ratio_function_calls", "partial_match", "parse_rate", "agreement")
 
@@ -42,23 +40,16 @@ def tiny(tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture
-def run_here(tiny, monkeypatch, caplog):
-    """Runs the tiny experiment in this process, which need not import everything again; returns what was logged."""
+def run_here(tiny, caplog):
+    """Runs the tiny experiment in the folder of the first run; returns what was logged."""
     folder, _ = tiny
 
     def run(name: str, *overrides: str) -> str:
-        monkeypatch.chdir(folder)
         caplog.set_level(logging.INFO)
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose("config", overrides=["experiment=tiny", f"paths.run=outputs/{name}", *overrides])
-        run_stage(config, multirun=False)
+        run_tiny(folder, name, *overrides)
         return caplog.text
 
     return run
-
-
-def manifests(folder: Path, stage: str) -> list[dict]:
-    return [json.loads(p.read_text()) for p in sorted((folder / "outputs/artifacts" / stage).glob("*/manifest.json"))]
 
 
 def test_one_command_makes_the_table_and_the_pictures(tiny):
@@ -242,14 +233,8 @@ def test_lossless_rows_have_the_originals_answers_and_are_timed_with_the_others(
     assert not [c for c in table["comparisons"] if c["row"].startswith("lossless")]
 
 
-def table_of(folder: Path, name: str) -> dict[str, dict]:
-    rows = json.loads((folder / f"outputs/{name}/report/table.json").read_text())["rows"]
-    return {row["name"]: row for row in rows}
-
-
 def pruned_by(folder: Path, name: str, row: str) -> list[tuple[int, ...]]:
-    lines = (folder / f"outputs/{name}/report/samples/{row}.jsonl").read_text().splitlines()
-    return [tuple(json.loads(line)["pruned_layers"]) for line in lines]
+    return [tuple(sample["pruned_layers"]) for sample in samples_of(folder, name, row)]
 
 
 def test_a_router_without_input_prunes_the_same_layers_for_all_and_costs_nothing(tiny, run_here):
@@ -323,13 +308,10 @@ def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_on
         (["data.only.categories=simple_python"], "type data.only.categories=[simple_python]"),
     ],
 )
-def test_a_mistake_ends_in_one_sentence(tiny, monkeypatch, arguments, sentence):
+def test_a_mistake_ends_in_one_sentence(tiny, arguments, sentence):
     folder, _ = tiny
-    monkeypatch.chdir(folder)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = compose("config", overrides=["experiment=tiny", "paths.run=outputs/mistake", *arguments])
     with pytest.raises((ValueError, InstantiationException)) as caught:
-        run_stage(config, multirun=False)
+        run_tiny(folder, "mistake", *arguments)
     assert sentence in str(caught.value)
 
 

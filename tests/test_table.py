@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from dynprune.evaluation import table as table_module
+from dynprune.evaluation.comparisons import Comparison
 from dynprune.evaluation.machine import describe_machine, versions
-from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval
+from dynprune.evaluation.statistics import Interval, MedianInterval
 from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 
 MACHINE = {"cpu": "Model X", "cores": 4, "accelerator": None}

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dynprune.evaluation.statistics import Interval, PairedDifference, paired_difference, ratio_interval
+from dynprune.evaluation.comparisons import PairedDifference, paired_difference
+from dynprune.evaluation.statistics import Interval, ratio_interval
 
 Axis = Literal["mean_pruned_layers", "nominal_speedup", "measured_speedup"]
 """What "equal speed" means: layers pruned per query, or one of the two speedups as shares."""
@@ -70,7 +71,7 @@ def average_seeds(curves: Sequence[BudgetCurve]) -> BudgetCurve:
     """Averages the curves of one method over its seeds: budget by budget, query by query.
 
     A point's accuracy and nominal speedup are those of a method that draws one of the seeds for each query. Why the seeds
-    are averaged before queries are resampled: see `dynprune.evaluation.statistics`.
+    are averaged before queries are resampled: see `dynprune.evaluation.comparisons`.
 
     Args:
         curves: One curve a seed, with the same budgets in the same order.

@@ -1,19 +1,15 @@
 """The four figures: what pruning costs and saves, the same at every budget, what adapters cannot replace, what is pruned.
 
-Each has a function that builds the matplotlib `Figure` and one that builds and writes it. No pyplot:
-figures are plain objects, so drawing changes no global state and needs no display. Colours are mostly those
-of Okabe and Ito, which colour-blind readers tell apart, and follow the row's name in every figure; markers
-and direct labels say the same without colour.
+Each has a function that builds the matplotlib `Figure` and one that builds and writes it. How they look is in
+`dynprune.evaluation.style`.
 
 Axis suffixes: L = layers, P = points of a curve.
 """
 
-import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,32 +19,26 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dynprune.atomic import replacing
 from dynprune.evaluation.curves import Axis, BudgetCurve
 from dynprune.evaluation.labels import Label, place_labels, text_size
 from dynprune.evaluation.statistics import Interval, mean_interval
+from dynprune.evaluation.style import (
+    COLORS,
+    DPI,
+    GREY,
+    INK,
+    WIDTH,
+    canvas,
+    finish_axes,
+    fix_limits,
+    is_static,
+    method_of,
+    row_color,
+    row_marker,
+    save,
+    write_title,
+)
 from dynprune.evaluation.table import TableRow, count_label, score_label, score_scale
-
-_DPI = 200  # At 8 inches, twice the width of a README column: sharp on dense displays.
-_WIDTH = 8.0
-_INK, _GREY, _FAINT = "#222222", "#6b6b6b", "#e4e4e4"
-_COLORS = {
-    "original": _INK,
-    "router-fbc": "#0072B2",
-    "router-dpo": "#D55E00",
-    "router-orpo": "#009E73",
-    "oracle": "#7B4FA3",
-    "static_accuracy": "#A0A0A0",
-}
-_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#8C5A2B")
-_MARKERS = {"original": "s", "router-fbc": "D", "router-dpo": "^", "router-orpo": "v", "oracle": "h"}
-_OTHER_MARKERS = ("P", "X", "p", "<", ">")
-
-
-def row_color(name: str) -> str:
-    """The colour of a row in every figure: that of its method, whatever the seed, the budget or the size."""
-    method = _method(name)
-    return _COLORS.get(method) or (_GREY if _is_static(name) else _pick(_OTHER_COLORS, method))
 
 
 def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -> Figure:
@@ -69,19 +59,19 @@ def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -
     for row in rows:
         if score not in row.scores:
             raise ValueError(f"Row {row.name!r} has no score {score!r} to draw; it has {', '.join(row.scores)}.")
-    figure, ax = _canvas(4.9, left=0.085, right=0.975, bottom=0.125, top=0.83)
+    figure, ax = canvas(4.9, left=0.085, right=0.975, bottom=0.125, top=0.83)
     scale = score_scale(score)
     segments = _join_static_rows(ax, rows, score)
     for row in rows:
         y, low, high = (scale * value for value in astuple(row.scores[score]))
         segments += _draw_row(ax, row, y, low, high)
-    _finish_axes(ax, f"{score_label(score)}{', %' if scale == 100 else ''}", "Speedup, %")
-    _title(
+    finish_axes(ax, f"{score_label(score)}{', %' if scale == 100 else ''}", "Speedup, %")
+    write_title(
         figure,
         f"{score_label(score)} against speedup",
         _legend(rows),
     )
-    _fix_limits(ax)
+    fix_limits(ax)
     labels = [Label(100 * _speedup(r), scale * r.scores[score].mean, r.name, row_color(r.name)) for r in rows]
     companions = [np.array([100 * row.nominal_speedup, scale * row.scores[score].mean]) for row in rows if _has_companion(row)]
     place_labels(ax, labels, segments, companions, size=9.5)
@@ -90,7 +80,7 @@ def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -
 
 def accuracy_speedup(rows: Sequence[TableRow], path: Path, score: str = "ast_match") -> None:
     """Writes the figure of `build_accuracy_speedup` to `path`."""
-    _save(build_accuracy_speedup(rows, score), path)
+    save(build_accuracy_speedup(rows, score), path)
 
 
 def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
@@ -113,7 +103,7 @@ def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
     if not any(_has(curve, "measured_speedup") for curve in curves):
         del panels["measured_speedup"]
     height = 1.35 + 3.3 * len(panels)
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI / 2, facecolor="white")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI / 2, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.085, right=0.975, bottom=0.55 / height, top=1 - 0.8 / height, hspace=0.2)
@@ -121,22 +111,22 @@ def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
         [_draw_curve(ax, curve, axis) for curve in curves if _has(curve, axis)] for ax, axis in zip(axes, panels, strict=True)
     ]
     for ax, x_label in zip(axes, panels.values(), strict=True):
-        ax.axhline(100 * full.mean, color=_INK, lw=1.2, ls=(0, (5, 3)), zorder=2, gid="original/line")
-        ax.axhspan(100 * full.low, 100 * full.high, color=_INK, alpha=0.05, lw=0, zorder=0, gid="original/band")
-        _finish_axes(ax, "AST match, %", x_label)
+        ax.axhline(100 * full.mean, color=INK, lw=1.2, ls=(0, (5, 3)), zorder=2, gid="original/line")
+        ax.axhspan(100 * full.low, 100 * full.high, color=INK, alpha=0.05, lw=0, zorder=0, gid="original/band")
+        finish_axes(ax, "AST match, %", x_label)
         ax.tick_params(labelbottom=True)
-        ax.plot([0], [100 * full.mean], _marker("original"), ms=7, mfc=_INK, mec="white", mew=1.2, zorder=5, gid="original")
-    _fix_limits(axes[0])
+        ax.plot([0], [100 * full.mean], row_marker("original"), ms=7, mfc=INK, mec="white", mew=1.2, zorder=5, gid="original")
+    fix_limits(axes[0])
     left, right = axes[0].get_xlim()
     right += 0.1 * (right - left)  # Lines end at the right, where their labels need room.
     axes[0].set_xlim(left, right)
     for ax, lines in zip(axes, drawn, strict=True):
         ends = [Label(points_P2[-1, 0], points_P2[-1, 1], name, row_color(name)) for name, points_P2 in lines]
-        level = Label(0, 100 * full.mean, "original", _INK)
+        level = Label(0, 100 * full.mean, "original", INK)
         segments = [points_P2[i : i + 2] for _, points_P2 in lines for i in range(len(points_P2) - 1)]
         segments.append(np.array([[left, 100 * full.mean], [right, 100 * full.mean]]))
         place_labels(ax, [*ends, level], segments, [at for _, points_P2 in lines for at in points_P2[:-1]], size=9.5)
-    _title(
+    write_title(
         figure,
         "AST match at each budget",
         f"Bands: 95% intervals of each method alone, n = {len(curves[0].points[0].correct_N)}; differences paired by query are "
@@ -147,7 +137,7 @@ def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
 
 def budget_curve(curves: Sequence[BudgetCurve], full: Interval, path: Path) -> None:
     """Writes the figure of `build_budget_curve` to `path`."""
-    _save(build_budget_curve(curves, full), path)
+    save(build_budget_curve(curves, full), path)
 
 
 def build_layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike) -> Figure:
@@ -171,16 +161,16 @@ def build_layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike) -> 
         )
     if not all((np.isfinite(values) & (values >= 0)).all() for values in errors):
         raise ValueError("The figure of layer errors needs errors that are finite and not negative.")
-    figure = Figure(figsize=(_WIDTH, 4.9), dpi=_DPI / 2, facecolor="white")
+    figure = Figure(figsize=(WIDTH, 4.9), dpi=DPI / 2, facecolor="white")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(left=0.085, right=0.975, bottom=0.115, top=0.83, hspace=0.16)
     for ax, error_L, name in ((upper, errors[1], "Relative error"), (lower, errors[0], "Mean squared error")):
         _draw_errors(ax, error_L)
-        _finish_axes(ax, name, "Layer" if ax is lower else "", grid="y")
+        finish_axes(ax, name, "Layer" if ax is lower else "", grid="y")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     lower.set_xlim(-0.8, errors[0].size - 0.2)
-    _title(
+    write_title(
         figure,
         "What the adapters cannot reproduce",
         "Error of each layer's adapter, log scales; the worst layers by number.",
@@ -190,7 +180,7 @@ def build_layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike) -> 
 
 def layer_error(mse_L: npt.ArrayLike, relative_error_L: npt.ArrayLike, path: Path) -> None:
     """Writes the figure of `build_layer_error` to `path`."""
-    _save(build_layer_error(mse_L, relative_error_L), path)
+    save(build_layer_error(mse_L, relative_error_L), path)
 
 
 def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
@@ -216,7 +206,7 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
             )
     rows_height = 0.36 * len(frequency)
     height = rows_height + 1.35
-    figure, ax = _canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
+    figure, ax = canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
     longest = max(text_size(figure, name, 9.5)[0] for name in frequency)
     figure.subplots_adjust(left=0.045 + longest / figure.bbox.width)
     for position, (name, share_L) in enumerate(frequency.items()):
@@ -227,43 +217,24 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
         mesh.set_gid(name)
         name_style = {"ha": "right", "color": row_color(name), "weight": "bold"}
         _write_beside(ax, (0, position), -8, name, name_style)
-        _write_beside(ax, (1, position), 8, f"{strip.sum():.1f}", {"color": _INK})
+        _write_beside(ax, (1, position), 8, f"{strip.sum():.1f}", {"color": INK})
         if num_layers <= 32:
             _write_shares(ax, share_L, position, shades)
-    _write_beside(ax, (1, -0.75), 8, "mean", {"color": _GREY})
-    _finish_axes(ax, "", "Layer")
+    _write_beside(ax, (1, -0.75), 8, "mean", {"color": GREY})
+    finish_axes(ax, "", "Layer")
     ax.grid(False)
     ax.spines["bottom"].set_visible(False)
     ax.set_yticks([])
     ax.set_xlim(-0.5, num_layers - 0.5)
     ax.set_ylim(len(frequency) - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    _title(figure, "Which layers are pruned", "Share of queries, in %; right: pruned layers per query.")
+    write_title(figure, "Which layers are pruned", "Share of queries, in %; right: pruned layers per query.")
     return figure
 
 
 def layers_pruned(frequency: Mapping[str, Sequence[float]], path: Path) -> None:
     """Writes the figure of `build_layers_pruned` to `path`."""
-    _save(build_layers_pruned(frequency), path)
-
-
-def _method(name: str) -> str:
-    """The method of a row: its name without seed, budget and size."""
-    return re.sub(r"(-s\d+)?(@.*)?$|(-[\d.]+)+$", "", name, count=1)
-
-
-def _is_static(name: str) -> bool:
-    return re.fullmatch(r"(static|static_accuracy)(-\d+)?", name) is not None
-
-
-def _pick(choices: Sequence[str], name: str) -> str:
-    # Python's own hash of a string differs from run to run.
-    return choices[zlib.crc32(name.encode()) % len(choices)]
-
-
-def _marker(name: str) -> str:
-    method = _method(name)
-    return _MARKERS.get(method) or ("o" if _is_static(name) else _pick(_OTHER_MARKERS, method))
+    save(build_layers_pruned(frequency), path)
 
 
 def _speedup(row: TableRow) -> float:
@@ -275,12 +246,12 @@ def _join_static_rows(ax: Axes, rows: Sequence[TableRow], score: str) -> list[np
     origin = [row for row in rows if row.name == "original"]
     families: dict[str, list[TableRow]] = {}
     for row in sorted(rows, key=lambda row: row.mean_pruned_layers):
-        if _is_static(row.name):
-            families.setdefault(re.sub(r"-?\d+$", "", row.name), list(origin)).append(row)
+        if is_static(row.name):
+            families.setdefault(method_of(row.name), list(origin)).append(row)
     segments = []
     for family, members in families.items():
         points = np.array([[100 * _speedup(r), score_scale(score) * r.scores[score].mean] for r in members])
-        ax.plot(*points.T, color=_GREY, lw=1.4, alpha=0.7, zorder=2, gid=f"{family}/line")
+        ax.plot(*points.T, color=GREY, lw=1.4, alpha=0.7, zorder=2, gid=f"{family}/line")
         segments += [points[i : i + 2] for i in range(len(points) - 1)]
     return segments
 
@@ -307,11 +278,11 @@ def _draw_row(ax: Axes, row: TableRow, y: float, low: float, high: float) -> lis
     for kind, ends in bars.items():
         ax.plot(*ends.T, color=color, lw=1.1, alpha=0.55, zorder=3, gid=f"{row.name}/{kind}")
     if _has_companion(row):
-        at, marker = 100 * row.nominal_speedup, _marker(row.name)
+        at, marker = 100 * row.nominal_speedup, row_marker(row.name)
         ax.plot([x, at], [y, y], color=color, lw=0.9, ls=(0, (1, 2.5)), alpha=0.5, zorder=1)
         ax.plot([at], [y], marker, ms=6, mfc=color, mec="none", alpha=0.28, gid=f"{row.name}/nominal")
     face, edge = ("white", color) if measured is None else (color, "white")
-    ax.plot([x], [y], _marker(row.name), ms=8, mfc=face, mec=edge, mew=1.2, zorder=5, gid=row.name)
+    ax.plot([x], [y], row_marker(row.name), ms=8, mfc=face, mec=edge, mew=1.2, zorder=5, gid=row.name)
     return list(bars.values())
 
 
@@ -333,7 +304,7 @@ def _draw_curve(ax: Axes, curve: BudgetCurve, axis: Axis) -> tuple[str, npt.NDAr
     ax.fill_between(speedup_P, low_P, high_P, color=color, alpha=0.1, lw=0, zorder=1, gid=f"{curve.name}/band")
     style = (0, (1, 1.5)) if curve.name == "oracle" else "-"
     ax.plot(speedup_P, accuracy_P, color=color, lw=1.8, ls=style, zorder=3)
-    ax.plot(speedup_P, accuracy_P, _marker(curve.name), ms=6, mfc=color, mec="white", mew=0.8, zorder=4, gid=curve.name)
+    ax.plot(speedup_P, accuracy_P, row_marker(curve.name), ms=6, mfc=color, mec="white", mew=0.8, zorder=4, gid=curve.name)
     return curve.name, points_P4[:, :2]
 
 
@@ -344,7 +315,7 @@ def _draw_errors(ax: Axes, error_L: npt.NDArray[np.float64]) -> None:
     ax.set_ylim(floor, ceiling * (ceiling / floor) ** 0.2)
     worst = np.argsort(-error_L, kind="stable")[: min(4, error_L.size)]
     layers = np.arange(error_L.size)
-    colors = [_COLORS["router-dpo"] if layer in worst else _COLORS["router-fbc"] for layer in layers]
+    colors = [COLORS["router-dpo"] if layer in worst else COLORS["router-fbc"] for layer in layers]
     ax.vlines(layers, floor, np.maximum(error_L, floor), colors=colors, lw=1.6, alpha=0.45, zorder=2)
     ax.scatter(layers, np.maximum(error_L, floor), s=30, c=colors, zorder=3, gid="errors")
     for layer in worst:
@@ -357,7 +328,7 @@ def _draw_errors(ax: Axes, error_L: npt.NDArray[np.float64]) -> None:
             va="bottom",
             fontsize=9.5,
             weight="bold",
-            color=_COLORS["router-dpo"],
+            color=COLORS["router-dpo"],
         )
 
 
@@ -379,47 +350,5 @@ def _write_shares(ax: Axes, share_L: Sequence[float], position: int, shades: Col
     for layer, share in enumerate(share_L):
         if 0.005 <= share < 0.995:
             luma = float(np.dot(shades(share)[:3], (0.299, 0.587, 0.114)))
-            ink = "white" if luma < 0.55 else _INK
+            ink = "white" if luma < 0.55 else INK
             ax.text(layer, position, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
-
-
-def _fix_limits(ax: Axes) -> None:
-    """Sets the limits for good, since labels are placed in pixels; never zooms in on less than two points."""
-    ax.margins(x=0.07, y=0.08)
-    for limits, set_limits, axis in (
-        (ax.get_xlim(), ax.set_xlim, ax.xaxis),
-        (ax.get_ylim(), ax.set_ylim, ax.yaxis),
-    ):
-        missing = max(0.0, 2.0 - (limits[1] - limits[0]))
-        set_limits(limits[0] - missing / 2, limits[1] + missing / 2)
-        axis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10]))
-
-
-def _canvas(height: float, **margins: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI / 2, facecolor="white")
-    FigureCanvasAgg(figure)
-    ax = figure.add_subplot()
-    figure.subplots_adjust(**margins)
-    return figure, ax
-
-
-def _finish_axes(ax: Axes, y_label: str, x_label: str, grid: Literal["both", "x", "y"] = "both") -> None:
-    ax.set_ylabel(y_label, color=_INK, fontsize=10)
-    ax.set_xlabel(x_label, color=_INK, fontsize=10)
-    ax.tick_params(colors=_GREY, labelsize=9, length=0, which="both")
-    ax.grid(color=_FAINT, lw=0.8, axis=grid)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_color(_GREY)
-
-
-def _title(figure: Figure, title: str, subtitle: str) -> None:
-    height = figure.get_size_inches()[1]
-    figure.text(0.02, 1 - 0.17 / height, title, ha="left", va="top", fontsize=13, weight="bold", color=_INK)
-    figure.text(0.02, 1 - 0.45 / height, subtitle, ha="left", va="top", fontsize=9.5, color=_GREY)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, metadata={"Software": None} if path.suffix == ".png" else None)

@@ -20,7 +20,8 @@ from rich import box
 from rich.text import Text
 
 from dynprune.atomic import replacing
-from dynprune.evaluation.statistics import Comparison, Interval, MedianInterval, SeedSummary
+from dynprune.evaluation.comparisons import Comparison, SeedSummary
+from dynprune.evaluation.statistics import Interval, MedianInterval
 
 SCORES = {
     "json_match": "JSON match",

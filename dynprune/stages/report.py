@@ -14,12 +14,13 @@ from rich.console import Console
 from dynprune.data.splits import function_groups
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.agreement import agreement
+from dynprune.evaluation.comparisons import Comparison, compare, over_seeds
 from dynprune.evaluation.figures import accuracy_speedup, budget_curve, layer_error, layers_pruned
 from dynprune.evaluation.headline import write_headline
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
-from dynprune.evaluation.statistics import Comparison, compare, mean_interval, median_interval, over_seeds
+from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
 from dynprune.stages.adapters import adapters
 from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
@@ -124,7 +125,7 @@ def _times(name: str, timings: list[Timing]) -> dict[str, Any]:
 def _comparisons(evaluation: Evaluation) -> list[Comparison]:
     """Every row against the unpruned SLM, routers against static sets of their size and against those of their budget.
 
-    What has several seeds is compared by its averages over them, see `dynprune.evaluation.statistics`.
+    What has several seeds is compared by its averages over them, see `dynprune.evaluation.comparisons`.
     """
     named = {row.over_seeds: row for row in evaluation.rows}
     layers = {name: np.mean([len(s.pruned_layers) for s in evaluation.samples[row.name]]) for name, row in named.items()}
