@@ -140,23 +140,7 @@ def write_pairs(
         ValueError: The strategy is unknown or does not go with the count, what decides is unknown or the margin
             negative, the rollouts cannot be read, or no query gives a pair.
     """
-    if strategy not in ("all", "random"):
-        raise ValueError(f"pairs.strategy={strategy!r} is unknown; allowed: all, random")
-    if strategy == "random" and (count is None or count < 1):
-        raise ValueError(f"pairs.count={count} does not go with pairs.strategy=random; allowed: at least 1")
-    if strategy == "all" and count is not None:
-        raise ValueError(f"pairs.count={count} does not go with pairs.strategy=all; allowed: null")
-
-    if prefer_by not in ("score", "likelihood"):
-        raise ValueError(f"pairs.prefer_by={prefer_by!r} is unknown; allowed: score, likelihood")
-    if not margin >= 0:
-        raise ValueError(f"pairs.margin={margin} is negative; allowed: 0 or more")
-
-    if prefer_by == "likelihood" and min_winner_score is not None and min_winner_score >= 0:
-        raise ValueError(
-            f"pairs.min_winner_score={min_winner_score} leaves out all pairs of pairs.prefer_by=likelihood, whose scores are "
-            "log-likelihoods below 0; type pairs.min_winner_score=null"
-        )
+    _check_settings(strategy, count, min_winner_score, prefer_by, margin)
     header = read_header(rollouts)
     if prefer_by == "likelihood":
         header = replace(header, score=LOG_LIKELIHOOD)
@@ -177,17 +161,38 @@ def write_pairs(
             rollouts_read += len(group)
             pairs_written += len(pairs)
         if not pairs_written:
-            too_low = "" if min_winner_score is None else f", or score less than pairs.min_winner_score={min_winner_score}"
-            if not queries:
-                raise ValueError(
-                    f"no configuration in {rollouts} has a likelihood; type exploration.estimate_all=true, "
-                    "or pairs.prefer_by=score"
-                )
-            raise ValueError(
-                f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
-                f"do not differ in score or size{too_low}; explore more configurations or queries"
-            )
+            raise ValueError(_why_no_pairs(rollouts, queries, min_winner_score))
     return PairCounts(queries, queries_with_pairs, rollouts_read, pairs_written)
+
+
+def _check_settings(strategy: str, count: int | None, min_winner_score: float | None, prefer_by: str, margin: float) -> None:
+    if strategy not in ("all", "random"):
+        raise ValueError(f"pairs.strategy={strategy!r} is unknown; allowed: all, random")
+    if strategy == "random" and (count is None or count < 1):
+        raise ValueError(f"pairs.count={count} does not go with pairs.strategy=random; allowed: at least 1")
+    if strategy == "all" and count is not None:
+        raise ValueError(f"pairs.count={count} does not go with pairs.strategy=all; allowed: null")
+
+    if prefer_by not in ("score", "likelihood"):
+        raise ValueError(f"pairs.prefer_by={prefer_by!r} is unknown; allowed: score, likelihood")
+    if not margin >= 0:
+        raise ValueError(f"pairs.margin={margin} is negative; allowed: 0 or more")
+
+    if prefer_by == "likelihood" and min_winner_score is not None and min_winner_score >= 0:
+        raise ValueError(
+            f"pairs.min_winner_score={min_winner_score} leaves out all pairs of pairs.prefer_by=likelihood, whose scores are "
+            "log-likelihoods below 0; type pairs.min_winner_score=null"
+        )
+
+
+def _why_no_pairs(rollouts: Path, queries: int, min_winner_score: float | None) -> str:
+    if not queries:
+        return f"no configuration in {rollouts} has a likelihood; type exploration.estimate_all=true, or pairs.prefer_by=score"
+    too_low = "" if min_winner_score is None else f", or score less than pairs.min_winner_score={min_winner_score}"
+    return (
+        f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
+        f"do not differ in score or size{too_low}; explore more configurations or queries"
+    )
 
 
 def read_pairs(path: Path, batch_size: int = 1024) -> Iterator[PreferencePair]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
-from dynprune.metrics.scores import SCORES
+from dynprune.metrics.scores import all_scores
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.loading import SLM
 from dynprune.slm.prompt_states import PromptStates
@@ -82,5 +82,5 @@ def run_queries(
             output=output,
             token_ids=continuation.token_ids,
             truncated=continuation.truncated,
-            scores={name: score(output, query) for name, score in SCORES.items()},
+            scores=all_scores(output, query),
         )

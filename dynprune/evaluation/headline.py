@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,12 +97,7 @@ def headline(
         ValueError: The numbers of queries differ.
     """
     full_N = np.asarray(full_N, dtype=np.float64)
-    for curve in (router, static, oracle, preference, fbc):
-        if len(curve.points[0].correct_N) != full_N.size:
-            raise ValueError(
-                f"The headline needs the same queries for all, but the unpruned SLM has {full_N.size} and {curve.name} "
-                f"{len(curve.points[0].correct_N)}."
-            )
+    _check_queries(full_N.size, (router, static, oracle, preference, fbc))
     point = at_speed(router, HIGH_SPEEDUP) if covers(router, HIGH_SPEEDUP) else None
     minus_static = share = None
     if point and covers(static, point.mean_pruned_layers, "mean_pruned_layers"):
@@ -130,6 +126,14 @@ def write_headline(figures: Headline, path: Path) -> None:
     """Writes the figures as JSON, complete or not at all; ``null`` for what is ``None``."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+
+
+def _check_queries(n: int, curves: Sequence[BudgetCurve]) -> None:
+    for curve in curves:
+        if (other := len(curve.points[0].correct_N)) != n:
+            raise ValueError(
+                f"The headline needs the same queries for all, but the unpruned SLM has {n} and {curve.name} {other}."
+            )
 
 
 def _accuracy_kept(full_N: npt.NDArray[np.float64], router: BudgetCurve, speedup: float) -> float | None:

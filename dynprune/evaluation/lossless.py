@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
-from dynprune.metrics.scores import SCORES
+from dynprune.metrics.scores import all_scores
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 from dynprune.slm.speculative import Drafting, is_near_tie, speculative_generate
@@ -45,7 +45,7 @@ def run_lossless(
             output=output,
             token_ids=said.token_ids,
             truncated=said.truncated,
-            scores={name: score(output, query) for name, score in SCORES.items()},
+            scores=all_scores(output, query),
             drafts={
                 "passes": said.passes,
                 "draft_passes": said.draft_passes,

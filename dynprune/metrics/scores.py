@@ -49,6 +49,11 @@ def get_score(name: str, key: str) -> Score:
     return SCORES[name]
 
 
+def all_scores(output: str, query: Query) -> dict[str, float]:
+    """Every score of an output, by name."""
+    return {name: score(output, query) for name, score in SCORES.items()}
+
+
 def perfect_score(name: str) -> float:
     """What a score gives a perfect answer.
 

@@ -28,7 +28,8 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.latency import Chooser
 from dynprune.router.encoder import TextEncoder
-from dynprune.slm.likelihood import score_configurations
+from dynprune.slm.likelihood import Answered, score_configurations
+from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.explore import explore
 from dynprune.stages.progress import track
@@ -58,55 +59,72 @@ def static_rows(run: Run) -> Iterator[Row]:
 @once_a_run
 def static_sets(run: Run) -> Artifact:
     """Searches the static sets up to the largest size that the table asks for."""
-    settings = run.config.evaluation
-    queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
-    largest = max(settings.static)
+    largest = max(run.config.evaluation.static)
 
-    def build(folder: Path) -> dict[str, Any]:
-        samples = [run.tokens(query) for query in queries]
-        with pruner_of(run, adapters(run)) as pruner:
-            search = greedy_static_sets(
-                run.slm, pruner, samples, largest, settings.static_candidates, run.config.hardware.batch_size
-            )
-            found = list(track(search, "searching static sets", largest))
-        _write_sets(found, "nats_per_token", folder)
-        return {"sets": len(found), "queries": len(queries)}
+    def search(pruner: LayerPruner, samples: Sequence[Answered]) -> Iterator[tuple[tuple[int, ...], float]]:
+        settings = run.config.evaluation
+        batch_size = run.config.hardware.batch_size
+        return greedy_static_sets(run.slm, pruner, samples, largest, settings.static_candidates, batch_size)
 
-    config = _search_config(run, largest)
-    return run.store.get_or_build(
-        "static", VERSION, config, digest(queries), upstream_of(adapters(run)), build, resumable=False
-    )
+    return _searched(run, "static", largest, "nats_per_token", search, {}, None)
 
 
 def _static_accuracy(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
-    settings = run.config.evaluation
-    own = settings.baselines.static_accuracy
-    queries = run.queries("train", settings.static_samples, "evaluation.static_samples")
+    own = run.config.evaluation.baselines.static_accuracy
     validation = run.queries("validation", own.max_queries, "evaluation.baselines.static_accuracy.max_queries")
     largest = max(sizes)
 
+    def search(pruner: LayerPruner, samples: Sequence[Answered]) -> Iterator[tuple[tuple[int, ...], float]]:
+        return accurate_static_sets(
+            run.slm,
+            pruner,
+            samples,
+            [run.tokens(query) for query in validation],
+            largest,
+            run.config.evaluation.static_candidates,
+            own.finalists,
+            run.config.hardware.batch_size,
+        )
+
+    artifact = _searched(run, "static_accuracy", largest, "accuracy", search, {"finalists": own.finalists}, validation)
+    yield from _set_rows("static_accuracy", artifact, sizes)
+
+
+def _searched(
+    run: Run,
+    stage: str,
+    largest: int,
+    figure: str,
+    search: Callable[[LayerPruner, Sequence[Answered]], Iterator[tuple[tuple[int, ...], float]]],
+    own: Mapping[str, Any],
+    validation: Sequence[Query] | None,
+) -> Artifact:
+    """Static sets of all sizes, and the figure that each was chosen by.
+
+    Args:
+        run: The run.
+        stage: The artifact's stage.
+        largest: Size of the largest set.
+        figure: Name of the figure.
+        search: Yields the sets, from the pruner and the samples of the train split.
+        own: What of the search's settings is its own.
+        validation: Queries that it reads beside those of the train split.
+    """
+    queries = run.queries("train", run.config.evaluation.static_samples, "evaluation.static_samples")
+
     def build(folder: Path) -> dict[str, Any]:
         with pruner_of(run, adapters(run)) as pruner:
-            search = accurate_static_sets(
-                run.slm,
-                pruner,
-                [run.tokens(query) for query in queries],
-                [run.tokens(query) for query in validation],
-                largest,
-                settings.static_candidates,
-                own.finalists,
-                run.config.hardware.batch_size,
-            )
-            found = list(track(search, "searching static sets by accuracy", largest))
-        _write_sets(found, "accuracy", folder)
-        return {"sets": len(found), "queries": len(queries), "validation_queries": len(validation)}
+            found = search(pruner, [run.tokens(query) for query in queries])
+            what = "searching static sets" if validation is None else "searching static sets by accuracy"
+            sets = {str(len(layers)): {"layers": list(layers), figure: value} for layers, value in track(found, what, largest)}
+        with replacing(folder / "sets.json") as path:
+            path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
+        counts = {} if validation is None else {"validation_queries": len(validation)}
+        return {"sets": len(sets), "queries": len(queries), **counts}
 
-    config = {**_search_config(run, largest), "finalists": own.finalists}
-    data = {"train": digest(queries), "validation": digest(validation)}
-    artifact = run.store.get_or_build(
-        "static_accuracy", VERSION, config, data, upstream_of(adapters(run)), build, resumable=False
-    )
-    yield from _set_rows("static_accuracy", artifact, sizes)
+    data = digest(queries) if validation is None else {"train": digest(queries), "validation": digest(validation)}
+    config = {**_search_config(run, largest), **own}
+    return run.store.get_or_build(stage, VERSION, config, data, upstream_of(adapters(run)), build, resumable=False)
 
 
 def _block_influence(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
@@ -337,12 +355,6 @@ def _set_rows(name: str, artifact: Artifact, sizes: Sequence[int]) -> Iterator[R
     sets = json.loads((artifact.folder / "sets.json").read_text(encoding="utf-8"))
     for size in sizes:
         yield _fixed(name, str(size), sets[str(size)]["layers"])
-
-
-def _write_sets(found: Sequence[tuple[tuple[int, ...], float]], figure: str, folder: Path) -> None:
-    sets = {str(len(layers)): {"layers": list(layers), figure: value} for layers, value in found}
-    with replacing(folder / "sets.json") as path:
-        path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
 
 
 def _search_config(run: Run, largest: int) -> dict[str, Any]:

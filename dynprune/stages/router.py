@@ -65,41 +65,45 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
         upstream["start"] = start.fingerprint
 
     def build(folder: Path) -> dict[str, Any]:
-        lightning.seed_everything(seed, workers=True)
-        network = new_router(run, method) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
-        policy = new_policy(run, method)
-        module: RouterTraining = instantiate(
-            method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer)
-        )
-        checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="min", save_top_k=1)
-        trainer = run.trainer(
-            f"router-{method.name}",
-            folder,
-            [checkpoint],
-            max_epochs=method.epochs,
-            devices=hardware.devices,
-            strategy=hardware.strategy,
-        )
-        data = _data(run, method, seed, source, held_out, network, policy)
-        trainer.fit(module, data)
-        best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(best["state_dict"])
-        trainer.validate(module, data, verbose=False)
-        # Of held-out pairs, the share in which the winner is the likelier configuration.
-        preferred = float(trainer.callback_metrics["validation/rewards/accuracies"])
-        if not trainer.is_global_zero:
-            return {}
-        extra = {"policy": policy.config(), "slm": run.slm.name, "method": method.name}
-        save_router(network, folder / ROUTER, extra)
-        return {
-            "best_epoch": int(best["epoch"]),
-            "validation_loss": float(checkpoint.best_model_score or 0),
-            "preference_accuracy": preferred,
-        }
+        return _train(run, method, seed, folder, source, held_out, start)
 
     return run.store.get_or_build(
         "router", VERSION, config, {}, upstream, build, resumable=False, distributed=hardware.devices != 1
     )
+
+
+def _train(
+    run: Run, method: DictConfig, seed: int, folder: Path, source: Artifact, held_out: Artifact, start: Artifact | None
+) -> dict[str, Any]:
+    hardware = run.config.hardware.trainer
+    lightning.seed_everything(seed, workers=True)
+    network = new_router(run, method) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
+    policy = new_policy(run, method)
+    module: RouterTraining = instantiate(method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer))
+    checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="min", save_top_k=1)
+    trainer = run.trainer(
+        f"router-{method.name}",
+        folder,
+        [checkpoint],
+        max_epochs=method.epochs,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+    )
+    data = _data(run, method, seed, source, held_out, network, policy)
+    trainer.fit(module, data)
+    best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(best["state_dict"])
+    trainer.validate(module, data, verbose=False)
+    # Of held-out pairs, the share in which the winner is the likelier configuration.
+    preferred = float(trainer.callback_metrics["validation/rewards/accuracies"])
+    if not trainer.is_global_zero:
+        return {}
+    save_router(network, folder / ROUTER, {"policy": policy.config(), "slm": run.slm.name, "method": method.name})
+    return {
+        "best_epoch": int(best["epoch"]),
+        "validation_loss": float(checkpoint.best_model_score or 0),
+        "preference_accuracy": preferred,
+    }
 
 
 def _start(run: Run, method: DictConfig, seed: int) -> Artifact | None:

@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample, run_queries
@@ -71,23 +72,10 @@ def run_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
             shown.add(sample.id)
 
     def build(folder: Path) -> dict[str, Any]:
-        configurations = [tuple(row.choose(query)) for query in queries]
-        limit = run.max_new_tokens(queries)
-        batch = run.config.hardware.batch_size
-        # A lossless row's answers under a configuration are not that configuration's.
-        known = answers.known if row.drafting is None else {}
-        pairs = list(zip(queries, configurations, strict=True))
-        samples = [known[query.id, layers] for query, layers in pairs if (query.id, layers) in known]
-        left = [(query, layers) for query, layers in pairs if (query.id, layers) not in known]
-        new, layers_of_new = [query for query, _ in left], [layers for _, layers in left]
-        with pruner_of(run, adapters_artifact) as pruner:
-            if row.drafting is None:
-                results = run_queries(run.slm, pruner, new, layers_of_new, answers.drafts, limit, batch, answers.states)
-            else:
-                results = run_lossless(run.slm, pruner, new, layers_of_new, limit, row.drafting)
-            for sample in track(results, f"evaluating {row.name}", len(new)):
-                samples.append(sample)
-                show(sample)
+        samples = []
+        for sample in _run(run, row, answers, adapters_artifact):
+            samples.append(sample)
+            show(sample)
         samples.sort(key=lambda sample: position_of[sample.id])
         write_samples(samples, folder / "samples.jsonl")
         means = mean_scores()
@@ -104,6 +92,28 @@ def run_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
     if row.origin == ORIGINAL.origin:
         answers.drafts = {sample.id: sample.token_ids for sample in samples}
     return samples
+
+
+def _run(run: Run, row: Row, answers: Answers, adapters_artifact: Artifact | None) -> Iterator[Sample]:
+    """The samples of a row: first those that another row has already, then the others as they come."""
+    configurations = [tuple(sorted(row.choose(query))) for query in answers.queries]
+    limit = run.max_new_tokens(answers.queries)
+    # A lossless row's answers under a configuration are not that configuration's.
+    known = answers.known if row.drafting is None else {}
+    left: list[tuple[Query, tuple[int, ...]]] = []
+    for query, layers in zip(answers.queries, configurations, strict=True):
+        if (query.id, layers) in known:
+            yield known[query.id, layers]
+        else:
+            left.append((query, layers))
+    new, layers_of_new = [query for query, _ in left], [layers for _, layers in left]
+    with pruner_of(run, adapters_artifact) as pruner:
+        if row.drafting is None:
+            batch = run.config.hardware.batch_size
+            results = run_queries(run.slm, pruner, new, layers_of_new, answers.drafts, limit, batch, answers.states)
+        else:
+            results = run_lossless(run.slm, pruner, new, layers_of_new, limit, row.drafting)
+        yield from track(results, f"evaluating {row.name}", len(new))
 
 
 def write_samples(samples: Sequence[Sample], target: Path) -> None:
