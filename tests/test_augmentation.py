@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dynprune.data.augmentation import join, stated_values, swap_values, vary_tools
+from dynprune.data.augmentation import compose, join, stated_values, swap_values, vary_tools
 from dynprune.data.bfcl import load_bfcl
 from dynprune.data.prompts import render_answer
 from dynprune.data.tasks import Query
@@ -121,3 +121,18 @@ def test_queries_with_a_tool_of_one_name_or_too_many_tools_are_not_joined():
     many = query("x", {}, id_="b", name="g", tools=tuple({"name": f"g{i}", "parameters": {}} for i in range(3)))
     rng = random.Random(0)
     assert all(join(one, [other], rng) is one for other in (one, many) for _ in range(10))
+
+
+def test_a_query_joined_with_itself_asks_for_other_values_of_the_same_tool():
+    one = query("Add 12 and 34.", {"a": 12, "b": 34})
+    rng = random.Random(0)
+    made = [q for q in (compose(one, [one], {}, rng) for _ in range(30)) if q is not one]
+    assert made
+    for q in made:
+        assert q.tools == one.tools
+        assert len(q.answers) == 2
+        assert q.answers[0] == one.answers[0]
+        assert q.answers[1]["arguments"] != one.answers[0]["arguments"]
+        for value in q.answers[1]["arguments"].values():
+            assert str(value) in q.messages[-1]["content"]
+        assert SCORES["ast_match"](render_answer(q), q) == 1

@@ -213,6 +213,20 @@ def test_by_likelihood_every_configuration_that_was_estimated_is_compared(tmp_pa
     assert metadata[b"dynprune.score"] == b"log_likelihood"
 
 
+def test_of_equal_sizes_only_pairs_that_prune_as_many_layers_are_left(tmp_path):
+    queries = [some_rollouts(f"q{i}", 15, seed=i) for i in range(6)]
+    folder = write_rollouts(tmp_path / "rollouts", queries)
+    write_pairs(folder, tmp_path / "pairs.parquet", "all", None, 0, equal_sizes=True)
+    wanted = {pair for group in queries for pair in brute_force(group) if len(pair[1]) == len(pair[2])}
+    read = [astuple(pair) for pair in read_pairs(tmp_path / "pairs.parquet")]
+    assert set(read) == wanted
+    assert len(read) == len(wanted) > 50
+
+    alone = write_rollouts(tmp_path / "alone", [[Rollout("q", (), 1.0, ""), Rollout("q", (1,), 1.0, "")]])
+    with pytest.raises(ValueError, match=r"of equal size do not differ in score \(pairs\.equal_sizes=true\)"):
+        write_pairs(alone, tmp_path / "none.parquet", "all", None, 0, equal_sizes=True)
+
+
 def test_by_score_what_was_only_estimated_is_left_out(tmp_path):
     queries = [some_rollouts(f"q{i}", 9) for i in range(4)]
     plain = write_rollouts(tmp_path / "plain", queries)

@@ -28,12 +28,12 @@ class Moments:
         count: How many tokens were added.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int) -> None:
+    def __init__(self, num_layers: int, hidden_size: int, device: torch.device) -> None:
         """Starts at zero."""
         self.count = 0
-        self._x_Ld = torch.zeros(num_layers, hidden_size, dtype=torch.float64)
+        self._x_Ld = torch.zeros(num_layers, hidden_size, dtype=torch.float64, device=device)
         self._r_Ld = torch.zeros_like(self._x_Ld)
-        self._xx_Ldd = torch.zeros(num_layers, hidden_size, hidden_size, dtype=torch.float64)
+        self._xx_Ldd = torch.zeros(num_layers, hidden_size, hidden_size, dtype=torch.float64, device=device)
         self._rx_Ldd = torch.zeros_like(self._xx_Ldd)
 
     def add(self, states_SNd: Tensor) -> None:
@@ -80,7 +80,7 @@ def fit_ridge(adapters: AdapterStack, states: Iterable[Tensor], ridge: float) ->
     """Sets all adapters to the best linear ones.
 
     Args:
-        adapters: The adapters, with ``activation`` identity; what they held is lost.
+        adapters: The adapters, with ``activation`` identity; what they held is lost. It is computed on their device.
         states: ``states_SNd`` of the teacher, batch by batch; without the first tokens where these are treated apart.
         ridge: See `Moments.solve`.
 
@@ -97,7 +97,7 @@ def fit_ridge(adapters: AdapterStack, states: Iterable[Tensor], ridge: float) ->
             f"adapter.bottleneck={adapters.bottleneck} is above the SLM's width; allowed with adapter.fit=ridge: 1 to "
             f"{adapters.hidden_size}"
         )
-    moments = Moments(adapters.num_layers, adapters.hidden_size)
+    moments = Moments(adapters.num_layers, adapters.hidden_size, adapters.down_Lbd.device)
     for states_SNd in states:
         moments.add(states_SNd)
     adapters.down_bias_Lb.zero_()

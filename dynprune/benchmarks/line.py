@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from dynprune.adapters.stack import AdapterStack
 from dynprune.stages.run import Run
 
@@ -35,9 +37,16 @@ class Line:
 
 def seconds(work: Callable[[], object]) -> float:
     """The time that some work takes."""
-    start = time.perf_counter()
+    start = _now()
     work()
-    return time.perf_counter() - start
+    return _now() - start
+
+
+def _now() -> float:
+    # A GPU works on when Python has gone on already.
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def in_turns(rounds: int, *sides: Callable[[], object]) -> list[float]:

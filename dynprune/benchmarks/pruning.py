@@ -2,12 +2,12 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from dynprune.benchmarks.line import PRUNED, Line, in_turns, untrained_stack
+from dynprune.benchmarks.line import PRUNED, Line, in_turns, seconds, untrained_stack
 from dynprune.evaluation.latency import TimedRow, time_rows
 from dynprune.slm.cache import ReservingCache
 from dynprune.slm.generation import Request, generate_all
@@ -28,12 +28,10 @@ def prune_overhead(run: Run) -> Line:
     removed.config.num_hidden_layers = len(kept)
 
     @torch.inference_mode()
-    def without_layers(prompt: Sequence[int]) -> float:
-        start, cache = time.perf_counter(), ReservingCache()
-        token = torch.tensor([list(prompt)])
+    def without_layers(prompt: Sequence[int]) -> None:
+        cache, token = ReservingCache(), torch.tensor([list(prompt)], device=run.slm.device)
         for _ in range(32):
             token = removed(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1).logits.argmax(dim=-1)
-        return time.perf_counter() - start
 
     rows = {"full": TimedRow(lambda query: ()), "pruned": TimedRow(lambda query: PRUNED)}
     full, pruned, physical = [], [], []
@@ -43,7 +41,7 @@ def prune_overhead(run: Run) -> Line:
             timings = list(time_rows(run.slm, pruner, queries, prompts, [32] * len(queries), rows, 1, 0))
         full += [t.total for t in timings if t.row == "full"]
         pruned += [t.total for t in timings if t.row == "pruned"]
-        physical += [without_layers(prompt) for prompt in prompts]
+        physical += [seconds(partial(without_layers, prompt)) for prompt in prompts]
     this = 1 - statistics.median(pruned) / statistics.median(full)
     against = 1 - statistics.median(physical) / statistics.median(full)
     return Line("prune_overhead", this / against, ">= 0.85", this, against, "share of time saved")

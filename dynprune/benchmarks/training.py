@@ -32,7 +32,7 @@ def distill(run: Run) -> Line:
     @torch.no_grad()
     def teacher() -> None:
         for sequence in sequences:
-            run.slm.model(input_ids=torch.tensor([sequence]), use_cache=False, logits_to_keep=1)
+            run.slm.model(input_ids=torch.tensor([sequence], device=run.slm.device), use_cache=False, logits_to_keep=1)
 
     this, against = in_turns(3, _distillation(run, sequences), teacher)
     steps = len(sequences)
@@ -52,7 +52,7 @@ def _sequences(run: Run) -> list[tuple[int, ...]]:
 
 def _distillation(run: Run, sequences: Sequence[Sequence[int]]) -> Callable[[], None]:
     stream = HiddenStateStream(run.slm, sequences, batch_tokens=1, seed=None)
-    stack = AdapterStack(run.slm.num_layers, run.slm.hidden_size, run.config.adapter.bottleneck)
+    stack = AdapterStack(run.slm.num_layers, run.slm.hidden_size, run.config.adapter.bottleneck).to(run.slm.device)
     optimizer = torch.optim.Adam(stack.parameters(), lr=1e-3)
 
     def train() -> None:

@@ -17,6 +17,7 @@ from dynprune.data.tasks import Query
 _MOST_TOOLS = 4
 _MOST_CALLS = 4
 _CHANCE_TO_DROP = 0.3
+_CHANCE_OF_ITSELF = 0.3
 _YEARS = (1700, 2100)
 # A number is not part of a word, of a longer number, a decimal, a date or a time.
 _BOUND = (r"(?<![\w.,/:-])", r"(?![\w/-]|[.,:]\d)")
@@ -107,19 +108,23 @@ def join(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
 
     Returns:
         The new query: the users' words one after the other, and so the calls; the query itself where it would have more
-        than four tools, or two tools of one name.
+        than four tools, two different tools of one name, or the same calls twice. Where the other one has the same tools, as
+        the query with other values has, it is always for both: several calls of one tool.
     """
     other = rng.choice(others)
+    added = [tool for tool in other.tools if tool not in query.tools]
     names = {tool["name"] for tool in query.tools}
-    if len(query.tools) + len(other.tools) > _MOST_TOOLS or any(tool["name"] in names for tool in other.tools):
+    if len(names) + len(added) > _MOST_TOOLS or any(tool["name"] in names for tool in added) or query.answers == other.answers:
         return query
-    tools = [*query.tools, *other.tools]
+    tools = [*query.tools, *added]
     rng.shuffle(tools)
-    if rng.random() < 0.5 or len(query.answers) + len(other.answers) > _MOST_CALLS:
+    for_both = not added or rng.random() >= 0.5
+    if not for_both or len(query.answers) + len(other.answers) > _MOST_CALLS:
         return replace(query, tools=tuple(tools))
     link = rng.choice((" Also, ", " Then, ", " And ", " "))
     first, second = (" ".join(_user_words(q)) for q in (query, other))
-    system = [m for q in (query, other) for m in q.messages if m["role"] == "system"]
+    system = [m for m in query.messages if m["role"] == "system"]
+    system += [m for m in other.messages if m["role"] == "system" and m not in system]
     return Query(
         id=f"{query.id}+{other.id}",
         category="parallel_multiple",
@@ -128,6 +133,19 @@ def join(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
         answers=query.answers + other.answers,
         allowed=query.allowed + other.allowed,
     )
+
+
+def compose(query: Query, others: Sequence[Query], values: Mapping[str, Sequence[str]], rng: random.Random) -> Query:
+    """Joins a query with another one, or with itself with other values.
+
+    Args:
+        query: The query.
+        others: See `join`.
+        values: See `swap_values`.
+        rng: Where the choice comes from.
+    """
+    with_itself = rng.random() < _CHANCE_OF_ITSELF
+    return join(query, [swap_values(query, values, rng)] if with_itself else others, rng)
 
 
 def _user_words(query: Query) -> list[str]:

@@ -79,7 +79,7 @@ def prefers(a: Tried, b: Tried, margin: float = 0.0) -> bool:
 
 
 def all_pairs(
-    rollouts: Sequence[Tried], min_winner_score: float | None = None, margin: float = 0.0
+    rollouts: Sequence[Tried], min_winner_score: float | None = None, margin: float = 0.0, equal_sizes: bool = False
 ) -> Iterator[PreferencePair]:
     """Pair each two rollouts, or likelihoods, of which one beats the other.
 
@@ -87,8 +87,11 @@ def all_pairs(
         rollouts: All rollouts, or all likelihoods, of one query.
         min_winner_score: Leave out pairs whose winner scores less; ``None`` leaves out none.
         margin: Scores that differ by no more than this count as equal.
+        equal_sizes: Leave out pairs that prune different numbers of layers: what is left says which layers, not how many.
     """
     for a, b in itertools.combinations(rollouts, 2):
+        if equal_sizes and len(a.pruned_layers) != len(b.pruned_layers):
+            continue
         winner, loser = (a, b) if prefers(a, b, margin) else (b, a)
         if prefers(winner, loser, margin) and (min_winner_score is None or winner.score >= min_winner_score):
             yield PreferencePair(winner.id, winner.pruned_layers, loser.pruned_layers, winner.score, loser.score)
@@ -100,6 +103,7 @@ def random_pairs(
     rng: random.Random,
     min_winner_score: float | None = None,
     margin: float = 0.0,
+    equal_sizes: bool = False,
 ) -> list[PreferencePair]:
     """Draw some of `all_pairs`, uniformly and each at most once.
 
@@ -109,8 +113,9 @@ def random_pairs(
         rng: Draws them.
         min_winner_score: As for `all_pairs`.
         margin: As for `all_pairs`.
+        equal_sizes: As for `all_pairs`.
     """
-    pairs = list(all_pairs(rollouts, min_winner_score, margin))
+    pairs = list(all_pairs(rollouts, min_winner_score, margin, equal_sizes))
     return rng.sample(pairs, min(count, len(pairs)))
 
 
@@ -123,6 +128,7 @@ def write_pairs(
     min_winner_score: float | None = None,
     prefer_by: Literal["score", "likelihood"] = "score",
     margin: float = 0.0,
+    equal_sizes: bool = False,
 ) -> PairCounts:
     """Turn the rollouts of each query into preference pairs, a query at a time.
 
@@ -135,6 +141,7 @@ def write_pairs(
         min_winner_score: As for `all_pairs`.
         prefer_by: What decides: the score, or the likelihood of the reference answer.
         margin: As for `all_pairs`.
+        equal_sizes: As for `all_pairs`.
 
     Raises:
         ValueError: The strategy is unknown or does not go with the count, what decides is unknown or the margin
@@ -151,17 +158,17 @@ def write_pairs(
     with replacing(path) as temporary, _PairSink(temporary, with_header(PAIR_SCHEMA, header)) as sink:
         for group in groups:
             if count is None:
-                pairs = list(all_pairs(group, min_winner_score, margin))
+                pairs = list(all_pairs(group, min_winner_score, margin, equal_sizes))
             else:
                 rng = random.Random(f"{seed}-{group[0].id}")
-                pairs = random_pairs(group, count, rng, min_winner_score, margin)
+                pairs = random_pairs(group, count, rng, min_winner_score, margin, equal_sizes)
             sink.write(pairs)
             queries += 1
             queries_with_pairs += bool(pairs)
             rollouts_read += len(group)
             pairs_written += len(pairs)
         if not pairs_written:
-            raise ValueError(_why_no_pairs(rollouts, queries, min_winner_score))
+            raise ValueError(_why_no_pairs(rollouts, queries, min_winner_score, equal_sizes))
     return PairCounts(queries, queries_with_pairs, rollouts_read, pairs_written)
 
 
@@ -185,13 +192,14 @@ def _check_settings(strategy: str, count: int | None, min_winner_score: float | 
         )
 
 
-def _why_no_pairs(rollouts: Path, queries: int, min_winner_score: float | None) -> str:
+def _why_no_pairs(rollouts: Path, queries: int, min_winner_score: float | None, equal_sizes: bool) -> str:
     if not queries:
         return f"no configuration in {rollouts} has a likelihood; type exploration.estimate_all=true, or pairs.prefer_by=score"
     too_low = "" if min_winner_score is None else f", or score less than pairs.min_winner_score={min_winner_score}"
+    alike = "of equal size do not differ in score (pairs.equal_sizes=true)" if equal_sizes else "do not differ in score or size"
     return (
         f"none of the {queries} queries in {rollouts} gives a preference pair: their configurations "
-        f"do not differ in score or size{too_low}; explore more configurations or queries"
+        f"{alike}{too_low}; explore more configurations or queries"
     )
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dynprune.atomic import replacing
-from dynprune.data.augmentation import join, stated_values, swap_values, vary_tools
+from dynprune.data.augmentation import compose, stated_values, swap_values, vary_tools
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.slm.likelihood import IGNORED
@@ -32,6 +32,8 @@ from dynprune.slm.loading import SLM
 from dynprune.slm.padding import left_padded
 
 _FUNCTIONS = "functions.json"
+DELTA_FILES = ("adapter_config.json", "adapter_model.safetensors", _FUNCTIONS)
+"""Of a delta's folder, what can change a result; its card cannot."""
 _WIDTH_STEP = 64
 
 
@@ -46,7 +48,8 @@ class TokenisedAnswer:
 class AnswerData(lightning.LightningDataModule):
     """Queries with their reference answers, varied anew in each epoch (`dynprune.data.augmentation`).
 
-    With some probability a query states other values, or gets another one's tools beside its own, or is joined with it.
+    With some probability a query states other values, or gets another one's tools beside its own, or is joined with it, or
+    with itself with other values.
     Few queries of the benchmark need several calls or a choice between tools, and a small SLM does not learn either from
     these alone. What an epoch holds is drawn from the seed and the epoch's number, so that a training that goes on
     after a kill sees what it would have seen.
@@ -57,7 +60,7 @@ class AnswerData(lightning.LightningDataModule):
         queries: Sequence[Query],
         tokenizer: PreTrainedTokenizerBase,
         swap: float,
-        compose: float,
+        compose_share: float,
         batch_size: int,
         seed: int,
     ) -> None:
@@ -67,7 +70,7 @@ class AnswerData(lightning.LightningDataModule):
             queries: What to train on.
             tokenizer: The SLM's tokenizer.
             swap: Probability that a query's values are swapped, 0..1.
-            compose: Probability that a query gets another one's tools, or is joined with it, 0..1.
+            compose_share: Probability that a query gets another one's tools, or is joined with it, 0..1.
             batch_size: Samples in a batch.
             seed: Seed of variations and order.
         """
@@ -75,7 +78,7 @@ class AnswerData(lightning.LightningDataModule):
         self._queries = queries
         self._tokenizer = tokenizer
         self._swap = swap
-        self._compose = compose
+        self._compose_share = compose_share
         self._batch_size = batch_size
         self._seed = seed
 
@@ -86,9 +89,8 @@ class AnswerData(lightning.LightningDataModule):
         varied = [
             vary_tools(swap_values(query, values, rng) if rng.random() < self._swap else query, rng) for query in self._queries
         ]
-        return [
-            _tokenised(join(query, varied, rng) if rng.random() < self._compose else query, self._tokenizer) for query in varied
-        ]
+        composed = [compose(query, varied, values, rng) if rng.random() < self._compose_share else query for query in varied]
+        return [_tokenised(query, self._tokenizer) for query in composed]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the trainer's current epoch: left-padded, of samples of similar length."""

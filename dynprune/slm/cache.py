@@ -98,20 +98,17 @@ def cache_of_rows(rows: Sequence[Sequence[KeyValues | None]], length: int, dtype
     return Cache(layers=layers)
 
 
-def keys_and_values(cache: Cache, layer: int, row: int, tokens: Tensor) -> KeyValues:
+def keys_and_values(cache: Cache, layer: int, row: int, slots: slice | Tensor) -> KeyValues:
     """What one layer of a cache holds of one row.
 
     Args:
         cache: The cache.
         layer: The layer's number.
         row: The row's number among those that the layer has.
-        tokens: Numbers of the slots to take, in ascending order.
+        slots: The slots to take: a slice, of which views are taken, or numbers on the cache's device.
     """
     held: Any = cache.layers[layer]
-    first = int(tokens[0]) if len(tokens) else 0
-    # Slots in a row are taken as a view.
-    chosen = slice(first, None) if len(tokens) == held.keys.shape[2] - first else tokens
-    return KeyValues(held.keys[row][:, chosen], held.values[row][:, chosen])
+    return KeyValues(held.keys[row][:, slots], held.values[row][:, slots])
 
 
 def _stacked(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -218,13 +218,15 @@ class _Batch:
         self._stop_ids = self._tensor(slm.stop_ids)
         # Room behind the end for the tokens that a pass looks ahead.
         room = max(row.request.max_new_tokens for row in rows) + _MOST_TOKENS_A_ROW
-        self._said_BN = torch.full((len(rows), room), _NO_TOKEN, device=slm.device)
+        said_BN = torch.full((len(rows), room), _NO_TOKEN)
         most = max(len(row.request.drafts) for row in rows)
-        self._drafts_BDN = torch.full((len(rows), most, room), _NO_TOKEN, device=slm.device)
+        drafts_BDN = torch.full((len(rows), most, room), _NO_TOKEN)
         for place, row in enumerate(rows):
-            self._said_BN[place, : len(row.said)] = self._tensor(row.said)
+            said_BN[place, : len(row.said)] = torch.tensor(row.said, dtype=torch.long)
             for number, draft in enumerate(row.request.drafts):
-                self._drafts_BDN[place, number, : len(draft)] = self._tensor(draft[:room])
+                drafts_BDN[place, number, : len(draft)] = torch.tensor(draft[:room], dtype=torch.long)
+        # Filled on the CPU: row by row, each transfer would wait for a GPU.
+        self._said_BN, self._drafts_BDN = said_BN.to(slm.device), drafts_BDN.to(slm.device)
 
     @property
     def num_live(self) -> int:
@@ -233,16 +235,25 @@ class _Batch:
 
     def live_rows(self) -> list[_Row]:
         """The rows that are not finished, with their part of the cache."""
+        if not self.rows:
+            return []
+        live = self._live_B.nonzero()[:, 0].tolist()
+        # Bookkeeping is done on the CPU, with a transfer for all rows: number by number, each would wait for a GPU.
+        attention_BT, accepted = self._attention_BT.cpu(), self._accepted_B.tolist()
+        choices_BL, among_kept_BL = self._choices_BL.tolist(), ((~self._choices_BL).cumsum(dim=0) - 1).tolist()
         rows = []
-        for place in self._live_B.nonzero()[:, 0].tolist():
-            tokens_T = self._attention_BT[place].nonzero()[:, 0]
-            kept_L = (~self._choices_BL).cumsum(dim=0)[place] - 1
+        for place, said in zip(live, self._said(live), strict=True):
+            tokens_T = attention_BT[place].nonzero()[:, 0]
+            first = int(tokens_T[0])
+            # Slots in a row are taken as a view.
+            in_a_row = len(tokens_T) == attention_BT.shape[1] - first
+            slots = slice(first, None) if in_a_row else tokens_T.to(self._slm.device)
             key_values = [
-                None if pruned else keys_and_values(self._cache, layer, int(among_kept), tokens_T)
-                for layer, (pruned, among_kept) in enumerate(zip(self._choices_BL[place], kept_L, strict=True))
+                None if pruned else keys_and_values(self._cache, layer, among_kept, slots)
+                for layer, (pruned, among_kept) in enumerate(zip(choices_BL[place], among_kept_BL[place], strict=True))
             ]
             row = self.rows[place]
-            rows.append(_Row(row.key, row.request, row.choices_L, key_values, self._said(place), int(self._accepted_B[place])))
+            rows.append(_Row(row.key, row.request, row.choices_L, key_values, said, accepted[place]))
         return rows
 
     @torch.inference_mode()
@@ -276,14 +287,17 @@ class _Batch:
         self._last_B = torch.where(self._length_B > 0, last_B, self._last_B)
         cut = self._give_up(length_before_B)
         finished = (live_before_B & ~self._live_B).nonzero()[:, 0].tolist()
-        for place in finished:
+        if not finished:
+            return
+        stopped, accepted = self._stopped_B.tolist(), self._accepted_B.tolist()
+        for place, said in zip(finished, self._said(finished), strict=True):
             yield (
                 self.rows[place].key,
                 Continuation(
-                    self._said(place),
-                    truncated=place not in cut and not bool(self._stopped_B[place]),
+                    said,
+                    truncated=place not in cut and not stopped[place],
                     cut=place in cut,
-                    accepted=int(self._accepted_B[place]),
+                    accepted=accepted[place],
                 ),
             )
 
@@ -322,23 +336,27 @@ class _Batch:
         Args:
             before_B: Lengths of the rows before this pass, which may have added several tokens.
         """
+        growing = [place for place in (self._length_B > before_B).nonzero()[:, 0].tolist() if self.rows[place].request.give_up]
+        if not growing:
+            return set()
+        # Token by token, what has reached its limit is not looked at any more, but what is about to stop is.
+        before, looked_at = before_B.tolist(), (self._live_B | self._stopped_B).tolist()
         cut = set()
-        for place, row in enumerate(self.rows):
-            if row.request.give_up is None or int(before_B[place]) == int(self._length_B[place]):
-                continue
-            said = self._said(place)
-            # Token by token, what has reached its limit is not looked at any more, but what is about to stop is.
-            looked_at = bool(self._live_B[place] | self._stopped_B[place])
-            ends = range(int(before_B[place]) + 1, len(said) + looked_at)
-            end = next((end for end in ends if row.request.give_up(said[:end])), None)
+        for place, said in zip(growing, self._said(growing), strict=True):
+            give_up = self.rows[place].request.give_up
+            assert give_up is not None
+            ends = range(before[place] + 1, len(said) + looked_at[place])
+            end = next((end for end in ends if give_up(said[:end])), None)
             if end is not None:
                 cut.add(place)
                 self._length_B[place] = end
                 self._live_B[place] = False
         return cut
 
-    def _said(self, place: int) -> tuple[int, ...]:
-        return tuple(self._said_BN[place, : int(self._length_B[place])].tolist())
+    def _said(self, places: Sequence[int]) -> list[tuple[int, ...]]:
+        """What some rows have said."""
+        said_BN, length = self._said_BN.cpu(), self._length_B.tolist()
+        return [tuple(said_BN[place, : length[place]].tolist()) for place in places]
 
     def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._slm.device)

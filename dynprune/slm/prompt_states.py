@@ -141,10 +141,10 @@ class PromptStates:
                 handle.remove()
         among_kept_BL = ((~pruned_BL).cumsum(dim=0) - 1).tolist()
         for row, (prompt, configuration, length) in enumerate(zip(prompts, configurations, lengths, strict=True)):
-            tokens = torch.arange(width - length, width)
+            slots = slice(width - length, None)
             for index in range(first, len(configuration)):
                 pruned = configuration[index]
-                own = None if pruned else keys_and_values(cache, index, among_kept_BL[row][index], tokens)
+                own = None if pruned else keys_and_values(cache, index, among_kept_BL[row][index], slots)
                 states[row].append(own)
                 if self._capacity:
                     node = _Node(outputs[index - first][row, width - length :], own)

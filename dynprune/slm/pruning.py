@@ -128,8 +128,7 @@ class LayerPruner:
                     f"a mask of shape {tuple(configuration.shape)} does not fit: {self._slm.name} needs (batch, {num_layers})"
                 )
             self._batch = configuration.shape[0]
-            # One transfer for the whole mask: what follows is bookkeeping on the CPU, once for each configuration.
-            self._rows = [_rows_of(column, self._slm.device) for column in configuration.cpu().unbind(dim=1)]
+            self._rows = _rows_by_layer(configuration.cpu(), self._slm.device)
             return
         [mask_L] = configuration_mask(self._slm, [configuration]).tolist()
         self._batch = None
@@ -192,14 +191,16 @@ def configuration_mask(slm: SLM, configurations: Sequence[Sequence[int] | Tensor
     Raises:
         ValueError: If a layer does not exist.
     """
-    mask_BL = torch.zeros(len(configurations), slm.num_layers, dtype=torch.bool)
+    # Looked up once: it is a walk through the model's modules.
+    num_layers = slm.num_layers
+    mask_BL = torch.zeros(len(configurations), num_layers, dtype=torch.bool)
     for row, configuration in enumerate(configurations):
         layers = [int(layer) for layer in configuration]
-        unknown = sorted({layer for layer in layers if not 0 <= layer < slm.num_layers})
+        unknown = sorted({layer for layer in layers if not 0 <= layer < num_layers})
         if unknown:
             raise ValueError(
-                f"{slm.name} has layers 0 to {slm.num_layers - 1}, but {unknown} are to be pruned; "
-                f"for example [0, {slm.num_layers - 1}]"
+                f"{slm.name} has layers 0 to {num_layers - 1}, but {unknown} are to be pruned; "
+                f"for example [0, {num_layers - 1}]"
             )
         mask_BL[row, layers] = True
     return mask_BL
@@ -271,15 +272,19 @@ def stopping_before(slm: SLM, layer: int) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _rows_of(pruned_B: Tensor, device: torch.device) -> _Rows:
-    if not pruned_B.any():
-        return _ALL_KEEP
-    if pruned_B.all():
-        return _ALL_PRUNE
-    return _Rows(
-        kept=(~pruned_B).nonzero()[:, 0].to(device),
-        pruned=pruned_B.nonzero()[:, 0].to(device),
-    )
+def _rows_by_layer(pruned_BL: Tensor, device: torch.device) -> list[_Rows]:
+    batch = len(pruned_BL)
+    # For each layer the rows that keep it, then the others: one transfer for all layers, since each waits for a GPU.
+    rows_LB = pruned_BL.T.argsort(dim=1, stable=True).to(device)
+    by_layer = []
+    for kept, rows_B in zip((~pruned_BL).sum(dim=0).tolist(), rows_LB, strict=True):
+        if kept == batch:
+            by_layer.append(_ALL_KEEP)
+        elif kept == 0:
+            by_layer.append(_ALL_PRUNE)
+        else:
+            by_layer.append(_Rows(kept=rows_B[:kept], pruned=rows_B[kept:]))
+    return by_layer
 
 
 def _write_placeholder(index: int, hidden_BTd: Tensor, arguments: Sequence[Any]) -> None:

@@ -24,7 +24,7 @@ from dynprune.stages.adapters import accumulation, adapters, drawing, harm, prun
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
-VERSION = 2
+VERSION = 3
 
 
 def adapt(run: Run) -> Artifact:
@@ -146,6 +146,7 @@ def _write_card(run: Run, folder: Path, counts: Mapping[str, Any], seconds: floa
         if isinstance(values, list)
     )
     machine = describe_machine()
+    processor = machine["accelerator"] if run.config.hardware.device != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
     source = plain(run.config.data.source)
     warning = (
         "\n**The Berkeley leaderboard's own questions were trained on, so this model has no place on that leaderboard.**\n"
@@ -168,7 +169,7 @@ called function; `functions.json` lists those that were trained on.
 - Recipe: {json.dumps(plain(run.config.adapt))}
 - Start: {_start(run)}
 - Seed: {run.config.seed}
-- Wall-clock of the training (of its last attempt): {seconds / 60:.0f} minutes on {machine["cpu"]}, {machine["cores"]} cores
+- Wall-clock of the training (of its last attempt): {seconds / 60:.0f} minutes on {processor}
 - Licence: {run.config.adapt.license}
 
 Held-out scores of this file, {counts["test_queries"]} test queries, greedy, with 95% intervals (`partial_match` runs from -5 to

@@ -123,6 +123,8 @@ def _fitted(run: Run) -> Artifact:
         )
         # Refuses adapters of another model before anything is computed with them.
         LayerPruner(slm, stack)
+        # Drawn on the CPU, whatever the device, and then fitted where the states are.
+        stack.to(slm.device)
         data = StreamData(_states(run, training, stack, run.config.seed), [_states(run, validation, stack, None)])
         module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
         trainer = run.trainer(

@@ -34,6 +34,7 @@ def pairs(run: Run, split: str = "train") -> Artifact:
             settings.min_winner_score,
             settings.prefer_by,
             settings.margin,
+            settings.equal_sizes,
         )
         return asdict(counts)
 

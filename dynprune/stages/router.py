@@ -184,7 +184,8 @@ class TrainedRouter:
 
         def choose(query: Query) -> list[int]:
             mask_BL = self.policy.mode(self.outputs(query), count)
-            return [int(layer) for layer in mask_BL[0].nonzero()[:, 0]]
+            layers: list[int] = mask_BL[0].nonzero()[:, 0].tolist()
+            return layers
 
         return choose
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, wraps
 from pathlib import Path
@@ -22,7 +22,7 @@ from dynprune.artifacts import Store
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
-from dynprune.slm.adaptation import trained_functions
+from dynprune.slm.adaptation import DELTA_FILES, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Run:
         identity: dict[str, Any] = plain(self.config.model)
         identity["dtype"] = resolve_dtype(identity["dtype"], self.config.hardware.device)
         if identity.get("delta") is not None:
-            identity["delta_content"] = content_digest(str(delta_folder(identity["delta"])))
+            identity["delta_content"] = content_digest(str(delta_folder(identity["delta"])), DELTA_FILES)
         identity["content"] = content_digest(identity.get("name"))
         return identity
 
@@ -192,12 +192,17 @@ def portable_config(run: Run) -> DictConfig:
     return OmegaConf.create(plain(run.config))
 
 
-def content_digest(place: str | None) -> str | None:
-    """A hash of the files in a local folder; ``None`` for what is no folder here, such as a Hub id."""
+def content_digest(place: str | None, names: Collection[str] | None = None) -> str | None:
+    """A hash of the files in a local folder; ``None`` for what is no folder here, such as a Hub id.
+
+    Args:
+        place: The folder.
+        names: Names of the files that count, where the others cannot change a result; ``None`` for all.
+    """
     if place is None or not Path(place).is_dir():
         return None
     total = hashlib.sha256()
-    for path in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+    for path in sorted(path for path in Path(place).rglob("*") if path.is_file() and (names is None or path.name in names)):
         total.update(str(path.relative_to(place)).encode())
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
