@@ -290,7 +290,7 @@ def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_on
         (["model.architecture=nonsense"], "model.architecture='nonsense'"),
         (["stage=adapters", "adapter.fit=guess"], "adapter.fit=guess is unknown"),
         (["stage=adapters", "adapter.fit=ridge"], "allowed with it: adapter.activation=identity"),
-        (["stage=adapters", "adapter=context"], "adapter.draw.max_layers=12 are not possible with 4 layers"),
+        (["stage=adapters", "adapter=context"], "adapter.draw.max_layers=14 are not possible with 4 layers"),
         (["stage=adapters", "adapter.context.epochs=1", "adapter.context.batch_size=6"], "is no multiple of"),
         (["stage=adapt", "adapt.batch_size=2"], "adapt.batch_size=2 is no multiple of adapt.micro_batch_size=4"),
         (["evaluation.static=[0,2]"], "evaluation.static asks for 0 layers"),
@@ -299,6 +299,7 @@ def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_on
         (["evaluation.budgets=[0.9]"], "a nominal speedup of 0.9 needs 4.6 pruned layers"),
         (["evaluation.guarantee={loss:0.1,confidence:0.9}"], "evaluation.guarantee needs budgets"),
         (["evaluation.budget_rule=median"], "evaluation.budget_rule='median' is unknown; allowed: same, mean"),
+        (["evaluation.static_candidates=1"], "evaluation.static_candidates=1 is fewer than the 2 layers"),
         (
             ["evaluation.budgets=[0]", "evaluation.guarantee={loss:0.1,confidence:0.9}"],
             "by 22 validation queries at least",

@@ -11,6 +11,9 @@ from dynprune.atomic import replacing
 
 _WEIGHTS = "adapters.safetensors"
 _CONFIG = "adapters.json"
+_SHIPPED = Path(__file__).parent / "shipped"
+ADAPTER_FILES = (_CONFIG, _WEIGHTS, "adapter_*.pth")
+"""Of a folder with adapters, what can change a result; their card cannot."""
 _NAMES = ("down_Lbd", "down_bias_Lb", "up_Ldb", "up_bias_Ld")
 _SINK = "sink_Ld"
 # The thesis's layer1 is W_down, its layer2 W_up.
@@ -36,6 +39,11 @@ def save_adapters(adapters: AdapterStack, folder: Path, slm: str) -> None:
     }
     with replacing(folder / _CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def adapters_folder(adapters: str) -> Path:
+    """The folder of some adapters: shipped ones' by their name, else the path itself."""
+    return _SHIPPED / adapters if (_SHIPPED / adapters).is_dir() else Path(adapters)
 
 
 def load_adapters(folder: Path) -> AdapterStack:

@@ -87,6 +87,19 @@ def accurate_static_sets(
     return _grow(slm, pruner, samples, largest, candidates, batch_size, most_accurate)
 
 
+def check_candidates(candidates: int | None, largest: int) -> None:
+    """Checks that a search over some layers can reach its largest set.
+
+    Raises:
+        ValueError: If they are fewer than its layers.
+    """
+    if candidates is not None and candidates < largest:
+        raise ValueError(
+            f"evaluation.static_candidates={candidates} is fewer than the {largest} layers of the largest static set; "
+            f"allowed: at least {largest}, or null for all layers"
+        )
+
+
 def _grow(
     slm: SLM,
     pruner: LayerPruner,
@@ -107,11 +120,7 @@ def _grow(
     # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
     samples = sorted(samples, key=lambda sample: len(sample[1]))
     batches = [AnswerBatch(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
-    if candidates is not None and candidates < largest:
-        raise ValueError(
-            f"evaluation.static_candidates={candidates} is fewer than the {largest} layers of the largest static set; "
-            f"allowed: at least {largest}, or null for all layers"
-        )
+    check_candidates(candidates, largest)
     chosen: tuple[int, ...] = ()
     tried = list(range(slm.num_layers))
     for _ in range(largest):

@@ -14,7 +14,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from dynprune.adapters.checkpoint import load_adapters, save_adapters, save_thesis_adapters
+from dynprune.adapters.checkpoint import (
+    ADAPTER_FILES,
+    adapters_folder,
+    load_adapters,
+    save_adapters,
+    save_thesis_adapters,
+)
 from dynprune.adapters.context import ContextStream, ContextTraining, draw_configuration
 from dynprune.adapters.distillation import Distillation
 from dynprune.adapters.ridge import fit_ridge
@@ -103,10 +109,11 @@ def _fitted(run: Run) -> Artifact:
     """Adapters that each learnt their own layer, and their errors."""
     settings = run.config.adapter
     source = _answers(run)
+    ready = None if settings.folder is None else adapters_folder(settings.folder)
     config = {
         "model": run.model_identity,
         "adapter": {key: value for key, value in plain(settings).items() if key not in ("context", "draw")},
-        "folder": content_digest(settings.folder),
+        "folder": None if ready is None else content_digest(str(ready), ADAPTER_FILES),
         "precision": run.config.hardware.trainer.precision,
         "seed": run.config.seed,
     }
@@ -117,8 +124,8 @@ def _fitted(run: Run) -> Artifact:
         slm = run.slm
         lightning.seed_everything(run.config.seed, workers=True)
         stack = (
-            load_adapters(Path(settings.folder))
-            if settings.folder is not None
+            load_adapters(ready)
+            if ready is not None
             else AdapterStack(slm.num_layers, slm.hidden_size, settings.bottleneck, settings.activation, sink=settings.sink)
         )
         # Refuses adapters of another model before anything is computed with them.
@@ -130,7 +137,7 @@ def _fitted(run: Run) -> Artifact:
         trainer = run.trainer(
             "adapters", folder, [ModelCheckpoint(folder / "checkpoints", save_last=True)], max_epochs=settings.epochs
         )
-        if settings.folder is None:
+        if ready is None:
             if stack.sink_Ld is not None:
                 stack.sink_Ld.copy_(_first_residuals(run, training))
             if settings.fit == "ridge":

@@ -202,6 +202,10 @@ _BASELINES: Mapping[str, Callable[[Run, Sequence[int]], Iterator[Row]]] = {
 }
 
 
+SEARCHED = ("static_accuracy", "nearest_centroid", "pudding")
+"""The baselines that search sets among ``evaluation.static_candidates`` layers, as the rows of ``evaluation.static`` do."""
+
+
 @once_a_run
 def _library(run: Run) -> Artifact:
     """Searches static sets on groups of train queries, up to the largest size that a baseline chooses from.

@@ -6,10 +6,12 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig
 
+from dynprune.baselines.static_search import check_candidates
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.curves import BudgetCurve, BudgetPoint, average_seeds
 from dynprune.evaluation.headline import HIGH_SPEEDUP, Headline, headline
 from dynprune.evaluation.table import TableRow
+from dynprune.stages.baselines import SEARCHED
 from dynprune.stages.evaluate import Evaluation
 from dynprune.stages.router import learns_from
 from dynprune.stages.router_rows import BUDGET_RULES, held_back_answers
@@ -50,14 +52,17 @@ def check_table(config: DictConfig) -> None:
     """Refuses a table that could not be finished, before hours are spent on it.
 
     Raises:
-        ValueError: If there is no such rule for budgets, a guarantee has no budgets to choose from, or the headline is asked
-            for and a curve that it needs is not.
+        ValueError: If there is no such rule for budgets, a guarantee has no budgets to choose from, static sets are larger than
+            what they are searched among, or the headline is asked for and a curve that it needs is not.
     """
     settings = config.evaluation
     if settings.budget_rule not in BUDGET_RULES:
         raise ValueError(f"evaluation.budget_rule={settings.budget_rule!r} is unknown; allowed: {', '.join(BUDGET_RULES)}")
     if settings.guarantee.loss is not None and not settings.budgets:
         raise ValueError("evaluation.guarantee needs budgets to choose from; set evaluation.budgets, for example [0,0.1,0.2]")
+    searched = [settings.static, *(settings.baselines[name].sizes for name in SEARCHED)]
+    if settings.pruned_layers is None and any(searched):
+        check_candidates(settings.static_candidates, max(size for sizes in searched for size in sizes))
     needed = {
         "evaluation.static, for example [2,4,6,8]": settings.static,
         "evaluation.baselines.oracle.sizes, for example [0,2,4,6,8]": settings.baselines.oracle.sizes,

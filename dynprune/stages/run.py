@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,12 +198,14 @@ def content_digest(place: str | None, names: Collection[str] | None = None) -> s
 
     Args:
         place: The folder.
-        names: Names of the files that count, where the others cannot change a result; ``None`` for all.
+        names: Patterns of the names of the files that count, where the others cannot change a result; ``None`` for all.
     """
     if place is None or not Path(place).is_dir():
         return None
     total = hashlib.sha256()
-    for path in sorted(path for path in Path(place).rglob("*") if path.is_file() and (names is None or path.name in names)):
+    for path in sorted(path for path in Path(place).rglob("*") if path.is_file()):
+        if names is not None and not any(fnmatch(path.name, name) for name in names):
+            continue
         total.update(str(path.relative_to(place)).encode())
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
