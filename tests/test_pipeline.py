@@ -126,6 +126,29 @@ def test_adapters_in_closed_form_are_trained_in_context_from_the_same_answers(ti
     assert len(harm) == 4
 
 
+def test_ready_adapters_are_used_as_they_are_and_those_of_another_slm_are_said_to_be(tiny, run_here):
+    folder, _ = tiny
+    ready = min(path.parent for path in (folder / "outputs/artifacts/adapters").glob("*/thesis"))
+    copy = folder / "ready"
+    copy.mkdir()
+    for name in ("adapters.json", "adapters.safetensors"):
+        (copy / name).write_bytes((ready / name).read_bytes())
+    said = run_here("ready", "stage=adapters", "adapter.folder=ready")
+    assert "holds adapters of" not in said
+    [made] = [m for m in manifests(folder, "adapters") if m["config"]["adapter"]["folder"] == "ready"]
+    used = folder / "outputs/artifacts/adapters" / made["fingerprint"] / "adapters.safetensors"
+    assert used.read_bytes() == (copy / "adapters.safetensors").read_bytes()
+
+    # A card changes nothing, other weights do.
+    (copy / "README.md").write_text("About them.")
+    assert f"reusing adapters {made['fingerprint']}" in run_here("card", "stage=adapters", "adapter.folder=ready")
+    config = json.loads((copy / "adapters.json").read_text())
+    (copy / "adapters.json").write_text(json.dumps({**config, "slm": "another"}))
+    assert "holds adapters of another, but the SLM is tiny-llama-4x32" in run_here(
+        "other", "stage=adapters", "adapter.folder=ready"
+    )
+
+
 @pytest.mark.slow
 def test_adapters_are_the_same_whether_the_answers_were_there_or_not(tiny, tmp_path):
     folder, _ = tiny

@@ -46,6 +46,12 @@ def adapters_folder(adapters: str) -> Path:
     return _SHIPPED / adapters if (_SHIPPED / adapters).is_dir() else Path(adapters)
 
 
+def made_for(folder: Path) -> str | None:
+    """Name of the SLM that the adapters in a folder were made for; ``None`` where they do not say, as the thesis's do not."""
+    path = folder / _CONFIG
+    return json.loads(path.read_text(encoding="utf-8")).get("slm") if path.is_file() else None
+
+
 def load_adapters(folder: Path) -> AdapterStack:
     """Reads adapters that `save_adapters` wrote, or else the thesis's ``adapter_{i}.pth`` files.
 

@@ -1,6 +1,7 @@
 """The stage ``adapters``: fits the adapters of all layers to the answers that the SLM gets right, each alone, then together."""
 
 import json
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dynprune.adapters.checkpoint import (
     ADAPTER_FILES,
     adapters_folder,
     load_adapters,
+    made_for,
     save_adapters,
     save_thesis_adapters,
 )
@@ -37,6 +39,7 @@ from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
+log = logging.getLogger(__name__)
 VERSION = 2
 CONTEXT_VERSION = 1
 ANSWERS_VERSION = 1
@@ -128,8 +131,10 @@ def _fitted(run: Run) -> Artifact:
             if ready is not None
             else AdapterStack(slm.num_layers, slm.hidden_size, settings.bottleneck, settings.activation, sink=settings.sink)
         )
-        # Refuses adapters of another model before anything is computed with them.
+        # Refuses adapters of another shape before anything is computed with them.
         LayerPruner(slm, stack)
+        if ready is not None and (other := made_for(ready)) not in (None, slm.name):
+            log.warning("adapter.folder=%s holds adapters of %s, but the SLM is %s", settings.folder, other, slm.name)
         # Drawn on the CPU, whatever the device, and then fitted where the states are.
         stack.to(slm.device)
         data = StreamData(_states(run, training, stack, run.config.seed), [_states(run, validation, stack, None)])

@@ -37,7 +37,7 @@ class Answers:
         """Starts without samples."""
         self.queries = queries
         self.drafts: Mapping[str, tuple[int, ...]] = {query.id: run.tokens(query)[1] for query in queries}
-        self.states = PromptStates(run.shared_bytes)
+        self.states = PromptStates(run.shared_bytes, len(queries))
         self.known: dict[tuple[str, tuple[int, ...]], Sample] = {}
 
 
