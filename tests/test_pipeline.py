@@ -438,6 +438,10 @@ def test_a_delta_is_trained_further_with_pruned_layers(tmp_path):
     functions = [set(json.loads(p.read_text())) for p in (tmp_path / "outputs/artifacts/adapt").glob("*/functions.json")]
     assert len(functions) == 3
     assert all(known[0] <= trained for trained in functions)
-    refused = dynprune(tmp_path, *again, "adapt.rank=3", check=False)
-    assert refused.returncode != 0
-    assert "type adapt.rank=2 adapt.alpha=4" in refused.stdout + refused.stderr
+    for wrong, sentence in (
+        ("adapt.rank=3", "type adapt.rank=2 adapt.alpha=4"),
+        ("adapt.targets=[q_proj]", "adapt.targets=['q_proj'] are not those of model.delta"),
+    ):
+        refused = dynprune(tmp_path, *again, wrong, check=False)
+        assert refused.returncode != 0
+        assert sentence in " ".join((refused.stdout + refused.stderr).split())

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
@@ -75,12 +76,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
         model = new_delta(slm, settings.rank, settings.alpha, plain(settings.targets))
     else:
         model = wrap_with_delta(slm.model, delta_folder(delta))
-        stored: Any = model.peft_config["default"]
-        if (stored.r, stored.lora_alpha) != (settings.rank, settings.alpha):
-            raise ValueError(
-                f"adapt.rank={settings.rank} adapt.alpha={settings.alpha} do not fit model.delta={delta}, from which the "
-                f"training goes on; type adapt.rank={stored.r} adapt.alpha={stored.lora_alpha}, or model.delta=null"
-            )
+        _check_goes_on(settings, delta, model.peft_config["default"])
     trainer = run.trainer(
         "adapt",
         folder,
@@ -106,6 +102,26 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
     # What a delta was trained on stays trained, whatever follows.
     before = trained_functions(delta_folder(delta)) if delta is not None else frozenset()
     save_delta(model, folder, before.union(*(query.functions for query in queries)))
+
+
+def _check_goes_on(settings: DictConfig, delta: str, stored: Any) -> None:
+    """Refuses settings that are not those of the delta from which the training goes on.
+
+    Raises:
+        ValueError: If rank, scale or, where they are listed, targets differ.
+    """
+    targets = plain(settings.targets)
+    if (stored.r, stored.lora_alpha) != (settings.rank, settings.alpha):
+        raise ValueError(
+            f"adapt.rank={settings.rank} adapt.alpha={settings.alpha} do not fit model.delta={delta}, from which the "
+            f"training goes on; type adapt.rank={stored.r} adapt.alpha={stored.lora_alpha}, or model.delta=null"
+        )
+    if not isinstance(targets, str) and set(targets) != set(stored.target_modules):
+        own = ",".join(sorted(stored.target_modules))
+        raise ValueError(
+            f"adapt.targets={targets} are not those of model.delta={delta}, from which the training goes on; type "
+            f"adapt.targets=[{own}], or model.delta=null"
+        )
 
 
 def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
