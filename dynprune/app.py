@@ -21,6 +21,16 @@ from dynprune.atomic import replacing
 from dynprune.paths import conf_dir
 
 log = logging.getLogger(__name__)
+# File systems allow 255 bytes; the job's number stands before it.
+_LONGEST_NAME = 240
+
+
+def folder_name(text: str) -> str:
+    """As much of a text as the name of a folder holds, where it has no folders in it."""
+    return "/".join(part.encode()[:_LONGEST_NAME].decode(errors="ignore") for part in text.split("/"))
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name)
 
 
 def _stages() -> Mapping[str, Callable[[Any], object]]:

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dynprune.app import folder_name
 from dynprune.paths import conf_dir
 
 CONF = conf_dir()
@@ -109,3 +110,20 @@ def test_every_preset_says_what_it_reproduces_and_with_which_command(path):
 def test_an_unknown_key_is_refused():
     with pytest.raises(Exception, match=r"method\.bta"):
         composed("method.bta=1")
+
+
+def test_the_folder_of_a_job_is_named_by_as_many_overrides_as_a_name_holds():
+    def subdir(overrides: str) -> str:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = compose("config", return_hydra_config=True)
+        config.hydra.job.num, config.hydra.job.override_dirname = 12, overrides
+        return config.hydra.sweep.subdir
+
+    assert subdir("method=fbc,seed=1") == "12_method=fbc,seed=1"
+    # Letters of two bytes: the cut may not go through one.
+    for name in ("é" * 200, "e" + "é" * 200):
+        long = subdir(f"seed=1,name={name}")
+        assert long.startswith("12_seed=1,name=")
+        assert 230 < len(long.encode()) <= 255
+    # A value with a slash makes folders, each with a name of its own.
+    assert [len(part) for part in folder_name(f"{'a' * 300}/{'b' * 10}").split("/")] == [240, 10]
