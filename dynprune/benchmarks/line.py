@@ -1,13 +1,13 @@
 """One line of the benchmarks: two sides, timed in turns in one run."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from dynprune.adapters.stack import AdapterStack
+from dynprune.evaluation.latency import now
 from dynprune.stages.run import Run
 
 PRUNED = (3, 7, 12, 18, 22, 26)
@@ -35,30 +35,24 @@ class Line:
     unit: str
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """The time that some work takes."""
-    start = _now()
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The time that some work on a device takes."""
+    start = now(device)
     work()
-    return _now() - start
+    return now(device) - start
 
 
-def _now() -> float:
-    # A GPU works on when Python has gone on already.
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def in_turns(rounds: int, *sides: Callable[[], object]) -> list[float]:
+def in_turns(rounds: int, device: torch.device, *sides: Callable[[], object]) -> list[float]:
     """Median seconds of each side, run in turns.
 
     Args:
         rounds: How often each side runs and is timed, after one run that does not count.
+        device: Where both work.
         sides: The work of each side.
     """
     for side in sides:
         side()
-    taken = [[seconds(side) for side in sides] for _ in range(rounds)]
+    taken = [[seconds(side, device) for side in sides] for _ in range(rounds)]
     return [statistics.median(of_side) for of_side in zip(*taken, strict=True)]
 
 

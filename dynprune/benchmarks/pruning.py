@@ -41,7 +41,7 @@ def prune_overhead(run: Run) -> Line:
             timings = list(time_rows(run.slm, pruner, queries, prompts, [32] * len(queries), rows, 1, 0))
         full += [t.total for t in timings if t.row == "full"]
         pruned += [t.total for t in timings if t.row == "pruned"]
-        physical += [seconds(partial(without_layers, prompt)) for prompt in prompts]
+        physical += [seconds(partial(without_layers, prompt), run.slm.device) for prompt in prompts]
     this = 1 - statistics.median(pruned) / statistics.median(full)
     against = 1 - statistics.median(physical) / statistics.median(full)
     return Line("prune_overhead", this / against, ">= 0.85", this, against, "share of time saved")
@@ -63,5 +63,5 @@ def prune_overhead_b8(run: Run) -> Line:
 
         return work
 
-    this, against = in_turns(3, generated(own), generated([PRUNED] * len(prompts)))
+    this, against = in_turns(3, run.slm.device, generated(own), generated([PRUNED] * len(prompts)))
     return Line("prune_overhead_b8", against / this, ">= 0.7", 1 / this, 1 / against, "batches/s")

@@ -34,7 +34,7 @@ def distill(run: Run) -> Line:
         for sequence in sequences:
             run.slm.model(input_ids=torch.tensor([sequence], device=run.slm.device), use_cache=False, logits_to_keep=1)
 
-    this, against = in_turns(3, _distillation(run, sequences), teacher)
+    this, against = in_turns(3, run.slm.device, _distillation(run, sequences), teacher)
     steps = len(sequences)
     return Line("distill", this / against, "<= 1.5", this / steps, against / steps, "s/step")
 
@@ -107,7 +107,7 @@ def log_prob(run: Run) -> Line:
         for row in range(looped):
             backward(thesis, slice(row, row + 1))
 
-    this, against = in_turns(5, lambda: backward(exact, slice(None)), row_by_row)
+    this, against = in_turns(5, torch.device("cpu"), lambda: backward(exact, slice(None)), row_by_row)
     this, against = batch / this, looped / against
     return Line("log_prob", this / against, ">= 50", this, against, "rows/s")
 
@@ -139,6 +139,6 @@ def router_step(run: Run) -> Line:
         with torch.no_grad():
             return {"embedding_BE": network.encode(network.encoder.tokenize([texts[name] for name in ids]))}
 
-    this, against = in_turns(5, step(lambda: cached(ids)), step(encoded))
+    this, against = in_turns(5, torch.device("cpu"), step(lambda: cached(ids)), step(encoded))
     this, against = len(ids) / this, len(ids) / against
     return Line("router_step", this / against, ">= 10", this, against, "pairs/s")

@@ -139,16 +139,16 @@ def _time_one(
 ) -> Timing:
     # A router may read the SLM's own first layers: they run as they are, not as the row before pruned them.
     pruner.prune(())
-    start = _now(slm)
+    start = now(slm.device)
     configuration = row.choose(query)
-    routed = _now(slm)
+    routed = now(slm.device)
     cache = ReservingCache()
     passes = row.decode(slm, pruner, prompt, configuration, tokens, cache)
     next(passes)
-    prefilled = _now(slm)
+    prefilled = now(slm.device)
     for _ in passes:
         pass
-    end = _now(slm)
+    end = now(slm.device)
     return Timing(
         id=query.id,
         row=name,
@@ -166,7 +166,8 @@ def _next_token(slm: SLM, ids_1T: torch.Tensor, past: int, cache: ReservingCache
     return logits[:, -1].argmax(dim=-1, keepdim=True)
 
 
-def _now(slm: SLM) -> float:
-    if slm.device.type == "cuda":
-        torch.cuda.synchronize(slm.device)
+def now(device: torch.device) -> float:
+    """The clock in seconds, once a device has done what it was asked for: a GPU works on when Python has gone on already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
