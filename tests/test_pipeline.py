@@ -2,35 +2,19 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.errors import InstantiationException
 from safetensors.torch import load_file
-from tiny import manifests, run_tiny, samples_of, table_of
+from tiny import dynprune, manifests, run_tiny, samples_of, table_of
 
 from dynprune.adapters.checkpoint import load_adapters
 from dynprune.data.pairs import read_pairs
 from dynprune.data.rollouts import read_rollouts
 
 SCORES = ("json_match", "ast_match", "ratio_function_calls", "partial_match", "parse_rate", "agreement")
-
-
-def dynprune(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "dynprune", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -385,63 +369,3 @@ def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_a
     for name in ("train", "validation", "test"):
         assert [q for q in whole[name] if not q.functions & set(trained)] == clean[name]
         assert len(clean[name]) < len(whole[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "routers"),
-    [
-        (["method=fbc", "method.min_score=-10"], 1),
-        (["method=dpo"], 1),
-        (["method=dpo", "+method@method.start=fbc", "method.start.min_score=-10", "method.start.epochs=2"], 2),
-    ],
-)
-def test_two_processes_train_a_router_together_and_one_of_them_evaluates(tmp_path, method, routers):
-    dynprune(tmp_path, "experiment=tiny", *method, "method.batch_size=4", "hardware=ddp", "name=two")
-    assert len(manifests(tmp_path, "router")) == routers
-    assert (tmp_path / "outputs/two/report/table.json").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_explore_what_one_explores(tmp_path):
-    command = ["experiment=tiny", "data=bfcl", "stage=explore", "exploration.max_queries=100"]
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        said = dynprune(folder, *command, f"hardware.explore_processes={processes}").stdout
-        assert ("exploring in 2 processes" in said) == (processes == 2)
-        [shards] = (path.parent for path in folder.glob("outputs/artifacts/explore/*/manifest.json"))
-        found.append([(r.id, r.pruned_layers, r.score, r.output) for r in read_rollouts(shards)])
-    assert len({row[0] for row in found[0]}) == 100
-    assert found[0] == found[1]
-    wrong = dynprune(folder, *command, "exploration.strategy.branch_factor=0", "hardware.explore_processes=2", check=False)
-    assert wrong.returncode != 0
-    assert "exploration.strategy.branch_factor=0 is too small" in wrong.stdout + wrong.stderr
-
-
-@pytest.mark.slow
-def test_a_delta_is_trained_further_with_pruned_layers(tmp_path):
-    options = ("experiment=tiny", "stage=adapt", "adapt.epochs=1", "adapt.rank=2", "adapt.alpha=4", "evaluation.max_queries=2")
-    dynprune(tmp_path, *options, "name=first")
-    [first] = (tmp_path / "outputs/artifacts/adapt").glob("*/adapter_model.safetensors")
-    again = (*options, f"model.delta={first.parent}", "adapt.layer_dropout=0.8", "adapter.draw.max_layers=3")
-    dynprune(tmp_path, *again, "adapter=ridge", "adapter.bottleneck=8", "name=again")
-    [second] = [path for path in (tmp_path / "outputs/artifacts/adapt").glob("*/adapter_model.safetensors") if path != first]
-    before, after = load_file(first), load_file(second)
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert first.parent.name in (second.parent / "README.md").read_text()
-    # A third training on fewer queries: what the delta was trained on before stays trained.
-    dynprune(tmp_path, *options, f"model.delta={first.parent}", "data.only.max_chars=450", "name=third")
-    known = [set(json.loads((path.parent / "functions.json").read_text())) for path in (first, second)]
-    functions = [set(json.loads(p.read_text())) for p in (tmp_path / "outputs/artifacts/adapt").glob("*/functions.json")]
-    assert len(functions) == 3
-    assert all(known[0] <= trained for trained in functions)
-    for wrong, sentence in (
-        ("adapt.rank=3", "type adapt.rank=2 adapt.alpha=4"),
-        ("adapt.targets=[q_proj]", "adapt.targets=['q_proj'] are not those of model.delta"),
-    ):
-        refused = dynprune(tmp_path, *again, wrong, check=False)
-        assert refused.returncode != 0
-        assert sentence in " ".join((refused.stdout + refused.stderr).split())

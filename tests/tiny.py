@@ -1,7 +1,10 @@
-"""The tiny experiment in this process, which need not import everything again, and what it wrote."""
+"""The tiny experiment, in this process, which need not import everything again, or in its own; and what it wrote."""
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -21,6 +24,20 @@ def run_tiny(folder: Path, name: str, *overrides: str) -> None:
     """Runs ``experiment=tiny`` as if typed in a folder."""
     with contextlib.chdir(folder):
         run_stage(composed("experiment=tiny", f"paths.run=outputs/{name}", *overrides), multirun=False)
+
+
+def dynprune(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs the command ``dynprune`` as if typed in a folder."""
+    result = subprocess.run(
+        [sys.executable, "-m", "dynprune", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
 
 
 def table_of(folder: Path, name: str) -> dict[str, dict]:

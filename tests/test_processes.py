@@ -1,0 +1,39 @@
+"""Stages that several processes of one machine share."""
+
+import pytest
+from tiny import dynprune, manifests
+
+from dynprune.data.rollouts import read_rollouts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "routers"),
+    [
+        (["method=fbc", "method.min_score=-10"], 1),
+        (["method=dpo"], 1),
+        (["method=dpo", "+method@method.start=fbc", "method.start.min_score=-10", "method.start.epochs=2"], 2),
+    ],
+)
+def test_two_processes_train_a_router_together_and_one_of_them_evaluates(tmp_path, method, routers):
+    dynprune(tmp_path, "experiment=tiny", *method, "method.batch_size=4", "hardware=ddp", "name=two")
+    assert len(manifests(tmp_path, "router")) == routers
+    assert (tmp_path / "outputs/two/report/table.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_explore_what_one_explores(tmp_path):
+    command = ["experiment=tiny", "data=bfcl", "stage=explore", "exploration.max_queries=100"]
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        said = dynprune(folder, *command, f"hardware.explore_processes={processes}").stdout
+        assert ("exploring in 2 processes" in said) == (processes == 2)
+        [shards] = (path.parent for path in folder.glob("outputs/artifacts/explore/*/manifest.json"))
+        found.append([(r.id, r.pruned_layers, r.score, r.output) for r in read_rollouts(shards)])
+    assert len({row[0] for row in found[0]}) == 100
+    assert found[0] == found[1]
+    wrong = dynprune(folder, *command, "exploration.strategy.branch_factor=0", "hardware.explore_processes=2", check=False)
+    assert wrong.returncode != 0
+    assert "exploration.strategy.branch_factor=0 is too small" in wrong.stdout + wrong.stderr
