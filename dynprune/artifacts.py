@@ -152,13 +152,33 @@ class Store:
             "data": _plain(data, "data"),
             "upstream": dict(upstream),
         }
-        place = self.root / stage / identity["fingerprint"]
+        place = self._place(stage, identity["fingerprint"])
         if artifact := self._find(place):
             return artifact
         if distributed and self.rank > 0:
             return self._build_along(place, build)
         with _locked(place):
             return self._find(place) or self._build(place, identity, build, resumable)
+
+    def holds(
+        self, stage: str, version: int, config: Mapping[str, Any], data: Mapping[str, Any], upstream: Mapping[str, str]
+    ) -> bool:
+        """Whether the artifact of these inputs is complete, so that `get_or_build` has nothing to build.
+
+        Args:
+            stage: See `fingerprint`.
+            version: See `fingerprint`.
+            config: See `fingerprint`.
+            data: See `fingerprint`.
+            upstream: See `fingerprint`.
+
+        Raises:
+            ValueError: A value has no JSON form.
+        """
+        return self._place(stage, fingerprint(stage, version, config, data, upstream)).exists()
+
+    def _place(self, stage: str, name: str) -> Path:
+        return self.root / stage / name
 
     def _find(self, place: Path) -> Artifact | None:
         if not place.exists():

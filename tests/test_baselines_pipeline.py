@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import composed, samples_of, table_of
+from tiny import composed, manifests, samples_of, table_of
 
 import dynprune.stages.baselines as baselines
 from dynprune.data.rollouts import read_rollouts
 from dynprune.stages.baselines import baseline_rows
+from dynprune.stages.evaluate import evaluate
 from dynprune.stages.report import report
 from dynprune.stages.run import Run
 
@@ -27,8 +28,9 @@ EVERY = [
 ]
 NAMES = [
     *("static-1", "static-2", "static_accuracy-1", "static_accuracy-2", "block_influence-1", "block_influence-3"),
-    *("last-1", "last-2", "random-2-1", "random-2-2", "nearest_centroid-2", "pudding-1", "pudding-2", "oracle-0", "oracle-0.5"),
+    *("last-1", "last-2", "random-2-1", "random-2-2", "nearest_centroid-2", "pudding-1", "pudding-2"),
 ]
+ORACLES = ["oracle-0", "oracle-0.5"]
 
 
 def tiny_run(folder: Path, *overrides: str) -> Run:
@@ -52,15 +54,14 @@ def configurations(folder: Path, row: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_every_baseline_has_its_rows_between_the_original_and_the_router(table):
-    assert list(table) == ["original", *NAMES, "router-dpo"]
+    assert list(table) == ["original", *NAMES, "router-dpo", *ORACLES]
     for name in NAMES:
-        if not name.startswith("oracle"):
-            # Of each the size stands first among its numbers.
-            size = int(name.split("-")[1])
-            assert table[name]["mean_pruned_layers"] == size
-            cost = 1 if name.startswith(("nearest_centroid", "pudding")) else 0
-            assert table[name]["nominal_speedup"] == (size - cost) / 4
-        assert table[name]["timed"] == 1
+        # Of each the size stands first among its numbers.
+        size = int(name.split("-")[1])
+        assert table[name]["mean_pruned_layers"] == size
+        cost = 1 if name.startswith(("nearest_centroid", "pudding")) else 0
+        assert table[name]["nominal_speedup"] == (size - cost) / 4
+    assert all(row["timed"] == 1 for row in table.values())
 
 
 def test_fixed_baselines_prune_the_same_layers_for_all_queries(table, folder):
@@ -77,15 +78,37 @@ def test_fixed_baselines_prune_the_same_layers_for_all_queries(table, folder):
         assert set(configurations(folder, name).values()) <= {tuple(layers) for layers in json.loads(library.read_text())}
 
 
-def test_the_oracle_takes_the_best_that_the_exploration_of_the_test_queries_tried(table, folder):
+def test_the_oracle_takes_the_best_that_the_rows_and_the_exploration_tried(table, folder):
     chosen = configurations(folder, "oracle-0")
     shards = [path.parent for path in (folder / "outputs/artifacts/explore").glob("*/manifest.json")]
-    rollouts = [rollout for shard in shards for rollout in read_rollouts(shard) if rollout.id in chosen]
-    assert {rollout.id for rollout in rollouts} == set(chosen)
+    explored = [rollout for shard in shards for rollout in read_rollouts(shard) if rollout.id in chosen]
+    assert {rollout.id for rollout in explored} == set(chosen)
+    tried = [(rollout.id, rollout.score, rollout.pruned_layers) for rollout in explored]
+    for row in ["original", *NAMES, "router-dpo"]:
+        tried += [
+            (sample["id"], sample["scores"]["ast_match"], tuple(sample["pruned_layers"]))
+            for sample in samples_of(folder, "run", row)
+        ]
     for query, layers in chosen.items():
-        best = max((rollout.score, len(rollout.pruned_layers)) for rollout in rollouts if rollout.id == query)
-        assert best in {(r.score, len(r.pruned_layers)) for r in rollouts if (r.id, r.pruned_layers) == (query, layers)}
+        best = max((score, len(pruned)) for id, score, pruned in tried if id == query)
+        assert best in {(score, len(pruned)) for id, score, pruned in tried if (id, pruned) == (query, layers)}
     assert table["oracle-0.5"]["mean_pruned_layers"] >= 0.5
+    # All four layers are pruned by no row and by no rollout, but three are by some row.
+    assert max(len(pruned) for _, _, pruned in tried) == 3
+
+
+def test_without_exploration_the_oracle_chooses_among_the_rows(tmp_path):
+    run = tiny_run(tmp_path, "evaluation.baselines.oracle={sizes:[1.5],explore:false}", "evaluation.static=[1,2]")
+    evaluation = evaluate(run)
+    layers = [sample.pruned_layers for sample in evaluation.samples["oracle-1.5"]]
+    assert sum(map(len, layers)) >= 1.5 * len(layers)
+    by_row = [evaluation.samples[row] for row in ("original", "static-1", "static-2", "router-dpo")]
+    assert all(
+        sample.pruned_layers in {said[i].pruned_layers for said in by_row}
+        for i, sample in enumerate(evaluation.samples["oracle-1.5"])
+    )
+    explored = {manifest["data"]["queries"] for manifest in manifests(tmp_path, "explore")}
+    assert len(evaluation.queries) not in explored
 
 
 def test_the_same_rows_again_are_made_from_what_is_there(table, folder):

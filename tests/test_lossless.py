@@ -36,7 +36,7 @@ def queries(n: int) -> list[Query]:
 
 def originals(slm, asked):
     with LayerPruner(slm) as pruner:
-        found = {s.id: s for s in run_queries(slm, pruner, asked, [()] * len(asked), {}, 10, 2)}
+        found = {s.id: s for s in run_queries(slm, pruner, asked, [()] * len(asked), {}, 10, 2, 0)}
     return [found[query.id] for query in asked]
 
 

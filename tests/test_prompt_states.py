@@ -44,14 +44,13 @@ def assert_same(got, want) -> None:
 
 @pytest.mark.parametrize("capacity", [0, 20_000, 1 << 30])
 @pytest.mark.parametrize("at_once", [1, 10_000])
-@pytest.mark.parametrize("num_prompts", [None, 3])
-def test_shared_keys_and_values_are_those_of_a_prompt_run_alone(slm, adapters, monkeypatch, capacity, at_once, num_prompts):
+def test_shared_keys_and_values_are_those_of_a_prompt_run_alone(slm, adapters, monkeypatch, capacity, at_once):
     monkeypatch.setattr("dynprune.slm.prompt_states._TOKENS_AT_ONCE", {"cpu": at_once})
     generator = torch.Generator().manual_seed(0)
     texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist()) for n in (9, 4, 1)]
     jobs = [(prompt, choices) for prompt in texts for choices in all_choices()]
     random.Random(0).shuffle(jobs)
-    states = PromptStates(capacity, num_prompts)
+    states = PromptStates(capacity)
     with LayerPruner(slm, adapters) as pruner:
         for start in range(0, len(jobs), 7):
             some = jobs[start : start + 7]
@@ -109,28 +108,6 @@ def test_what_is_left_of_a_path_is_its_lower_part(slm, adapters):
         ran.clear()
         states.run(slm, pruner, [(1, 2, 3, 4)], [full])
     assert ran == [2, 3]
-
-
-def test_prompts_that_come_again_in_the_same_order_each_keep_a_share(slm, adapters):
-    prompts = [tuple(range(n, n + 20)) for n in range(6)]
-    full, top = (False,) * L, (False,) * (L - 1) + (True,)
-    ran = counted_layers(slm)
-    with LayerPruner(slm, adapters) as pruner:
-        one = PromptStates(1 << 30)
-        one.run(slm, pruner, prompts[:1], [full])
-        half = len(prompts) * one.held_bytes // 2
-        again = {}
-        for num_prompts in (None, len(prompts)):
-            states = PromptStates(half, num_prompts)
-            for choices in (full, top):
-                ran.clear()
-                for prompt in prompts:
-                    states.run(slm, pruner, [prompt], [choices])
-                    assert states.held_bytes <= half
-            again[num_prompts] = list(ran)
-    # The last layer is pruned. With one memory for all a prompt is gone when it comes again; of its share the lower half stays.
-    assert again[None] == [0, 1, 2] * len(prompts)
-    assert again[len(prompts)] == [2] * len(prompts)
 
 
 def test_negative_memory_is_refused():

@@ -44,22 +44,22 @@ def run_queries(
     pruner: LayerPruner,
     queries: Sequence[Query],
     configurations: Sequence[Sequence[int]],
-    drafts: Mapping[str, tuple[int, ...]],
+    drafts: Mapping[str, tuple[tuple[int, ...], ...]],
     max_new_tokens: int,
     batch_size: int,
-    states: PromptStates | None = None,
+    shared_bytes: int,
 ) -> Iterator[Sample]:
     """Generates and scores the answer of each query under its configuration.
 
     Args:
         slm: The SLM.
         pruner: Its pruner, entered.
-        queries: The queries.
+        queries: The queries; one may come with several configurations, best one after another.
         configurations: Pruned layers for each query.
-        drafts: By query id, an output that may well come again; they change the speed, not the outputs.
+        drafts: By query id, outputs that may well come again, the likeliest first; they change the speed, not the outputs.
         max_new_tokens: Limit of each output, stop token included.
         batch_size: Queries generated together.
-        states: What several rows of the table share of the same queries; ``None`` for a row of its own.
+        shared_bytes: Memory for what configurations of the same query share.
 
     Yields:
         A sample for each query, in the order in which they finish.
@@ -69,11 +69,11 @@ def run_queries(
             prompt=prompt_tokens(slm.tokenizer, query),
             pruned_layers=tuple(sorted(configuration)),
             max_new_tokens=max_new_tokens,
-            drafts=(drafts[query.id],) if query.id in drafts else (),
+            drafts=drafts.get(query.id, ()),
         )
         for query, configuration in zip(queries, configurations, strict=True)
     ]
-    for position, continuation in generate_all(slm, pruner, requests, batch_size, states):
+    for position, continuation in generate_all(slm, pruner, requests, batch_size, PromptStates(shared_bytes)):
         query = queries[position]
         output = slm.decode(continuation.token_ids)
         yield Sample(

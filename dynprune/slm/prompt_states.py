@@ -7,7 +7,7 @@ from the deepest node on its path. A search that adds one layer to its parent ru
 Shapes: B = prompts run together, L = layers, T = tokens, d = hidden size, H = key-value heads, w = their width.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -57,19 +57,15 @@ class _Node:
 class PromptStates:
     """Keeps what prompts' layers made, up to some memory; what was used longest ago goes first.
 
-    Where the same prompts come again and again, as in the rows of a table, each has a share of the memory of its own: what was
-    used longest ago is what is needed next, so that with one memory for all nothing would ever be found.
-
     Attributes:
         held_bytes: Memory that is in use.
     """
 
-    def __init__(self, capacity: int, num_prompts: int | None = None) -> None:
+    def __init__(self, capacity: int) -> None:
         """Starts empty.
 
         Args:
             capacity: Bytes to keep at most; 0 keeps nothing.
-            num_prompts: How many prompts have equal shares of that; ``None`` for one memory for all.
 
         Raises:
             ValueError: If it is negative.
@@ -77,10 +73,7 @@ class PromptStates:
         if capacity < 0:
             raise ValueError(f"hardware.shared_gib={capacity / 2**30:g} is negative; allowed: 0, which shares nothing, or more")
         self._capacity = capacity
-        self._share = capacity if num_prompts is None else capacity // num_prompts
-        # Prompts and each one's nodes, those that were used last at the end.
-        self._nodes: OrderedDict[Prompt, OrderedDict[Choices, _Node]] = OrderedDict()
-        self._bytes_of: Counter[Prompt] = Counter()
+        self._nodes: OrderedDict[tuple[Prompt, Choices], _Node] = OrderedDict()
         self.held_bytes = 0
 
     def run(
@@ -159,46 +152,31 @@ class PromptStates:
             if self._capacity:
                 # Puts the new nodes in the order in which they go.
                 self._path(prompt, configuration)
-        self._evict(prompts)
+        self._evict()
         return states
 
     def _path(self, prompt: Prompt, configuration: Choices) -> list[_Node]:
         """The nodes of a configuration that are there, from layer 0 on."""
-        nodes = self._nodes.get(prompt)
-        if nodes is None:
-            return []
         path = []
         for depth in range(1, len(configuration) + 1):
-            node = nodes.get(configuration[:depth])
+            node = self._nodes.get((prompt, configuration[:depth]))
             if node is None:
                 break
             path.append(node)
         # Those nearer to the root are used by more configurations, and without them the others are lost: they go last.
         for depth in range(len(path), 0, -1):
-            nodes.move_to_end(configuration[:depth])
-        self._nodes.move_to_end(prompt)
+            self._nodes.move_to_end((prompt, configuration[:depth]))
         return path
 
     def _keep(self, prompt: Prompt, choices: Choices, node: _Node) -> None:
-        nodes = self._nodes.setdefault(prompt, OrderedDict())
-        if choices not in nodes:
-            nodes[choices] = node
-            self._bytes_of[prompt] += node.nbytes
+        if (prompt, choices) not in self._nodes:
+            self._nodes[prompt, choices] = node
             self.held_bytes += node.nbytes
 
-    def _evict(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            while self._bytes_of[prompt] > self._share:
-                self._drop_one(prompt)
+    def _evict(self) -> None:
         while self.held_bytes > self._capacity:
-            self._drop_one(next(iter(self._nodes)))
-
-    def _drop_one(self, prompt: Prompt) -> None:
-        _, node = self._nodes[prompt].popitem(last=False)
-        self._bytes_of[prompt] -= node.nbytes
-        self.held_bytes -= node.nbytes
-        if not self._nodes[prompt]:
-            del self._nodes[prompt], self._bytes_of[prompt]
+            _, node = self._nodes.popitem(last=False)
+            self.held_bytes -= node.nbytes
 
 
 class _Outputs(list[Tensor]):

@@ -130,7 +130,7 @@ def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
     run.slm = slm
     with LayerPruner(slm) as pruner:
         samples = run_queries(
-            slm, pruner, queries, [()] * len(queries), {}, run.max_new_tokens(queries), run.config.hardware.batch_size
+            slm, pruner, queries, [()] * len(queries), {}, run.max_new_tokens(queries), run.config.hardware.batch_size, 0
         )
         scored = [sample.scores for sample in track(samples, "scoring the adapted SLM", len(queries))]
     del run.slm

@@ -5,6 +5,7 @@ What takes long is an artifact: each search, the losses of train queries under t
 Axis suffixes: Q = queries, B = queries of a batch, S = sets, E = embedding size, L = layers.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,9 @@ from dynprune.baselines.static_search import accurate_static_sets, greedy_static
 from dynprune.baselines.unsearched import last_layers, random_sets
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.data.prompts import render_router_input
-from dynprune.data.rollouts import by_query, read_rollouts
+from dynprune.data.rollouts import Rollout, read_rollouts
 from dynprune.data.tasks import Query
-from dynprune.evaluation.accuracy import RIGHT_BY
+from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.latency import Chooser
 from dynprune.router.encoder import TextEncoder
 from dynprune.slm.likelihood import Answered, score_configurations
@@ -41,7 +42,9 @@ _EMBEDDED_TOGETHER = 64
 
 
 def baseline_rows(run: Run) -> Iterator[Row]:
-    """The rows of the static sets, and of the baselines that the configuration names sizes for."""
+    """The rows of the static sets, and of the baselines that the configuration names sizes for, but for the oracle's."""
+    # Its rows come last; what is wrong with their sizes is said before the others are searched for.
+    _sizes(run, "oracle")
     if run.config.evaluation.static:
         yield from static_rows(run)
     for name, rows in _BASELINES.items():
@@ -172,14 +175,32 @@ def _pudding(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     yield from _choice_rows(run, "pudding", sizes, {}, loss_regression)
 
 
-def _oracle(run: Run, sizes: Sequence[float]) -> Iterator[Row]:
-    queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
-    artifact = explore(run.with_changes(_for_the_oracle(run.config)), "test")
-    tried = {rollouts[0].id: rollouts for rollouts in by_query(read_rollouts(artifact.folder))}
+def oracle_rows(run: Run, queries: Sequence[Query], samples: Mapping[str, Sequence[Sample]]) -> Iterator[Row]:
+    """The rows of the oracle, which chooses for each query among all configurations that were tried on it.
+
+    Args:
+        run: The run.
+        queries: The test queries.
+        samples: What the other rows under the same adapters said.
+    """
+    sizes = _sizes(run, "oracle")
+    if not sizes:
+        return
+    tried: dict[str, dict[tuple[int, ...], Rollout]] = {query.id: {} for query in queries}
+    if run.config.evaluation.baselines.oracle.explore:
+        artifact = explore(run.with_changes(_for_the_oracle(run.config)), "test")
+        for rollout in read_rollouts(artifact.folder):
+            tried[rollout.id][rollout.pruned_layers] = rollout
+    for said in samples.values():
+        for sample in said:
+            score = sample.scores[RIGHT_BY]
+            tried[sample.id][sample.pruned_layers] = Rollout(sample.id, sample.pruned_layers, score, sample.output)
+    # In an order of their own: among equals the first is taken, which must not hang on the order of the rows.
+    options = [[rollout for _, rollout in sorted(tried[query.id].items())] for query in queries]
     for size in sizes:
-        best = oracle([tried[query.id] for query in queries], size)
-        layers_of = {rollout.id: rollout.pruned_layers for rollout in best}
-        yield Row(f"oracle-{size:g}", _looked_up(layers_of), f"{artifact.fingerprint} {size:g}", curve="oracle")
+        layers_of = {rollout.id: rollout.pruned_layers for rollout in oracle(options, size)}
+        origin = hashlib.sha256(json.dumps(layers_of, sort_keys=True).encode()).hexdigest()
+        yield Row(f"oracle-{size:g}", _looked_up(layers_of), origin, curve="oracle")
 
 
 def _for_the_oracle(config: DictConfig) -> DictConfig:
@@ -198,7 +219,6 @@ _BASELINES: Mapping[str, Callable[[Run, Sequence[int]], Iterator[Row]]] = {
     "random": _random,
     "nearest_centroid": _nearest_centroid,
     "pudding": _pudding,
-    "oracle": _oracle,
 }
 
 

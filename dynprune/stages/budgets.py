@@ -17,7 +17,7 @@ from dynprune.stages.router import learns_from
 from dynprune.stages.router_rows import BUDGET_RULES, held_back_answers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run
-from dynprune.stages.samples import run_row
+from dynprune.stages.samples import run_rows
 
 STATIC_CURVES = ("static", "static_accuracy")
 """The curves of searched static sets, of which the best on validation queries is what routers have to beat."""
@@ -117,26 +117,23 @@ def _validated(run: Run, evaluation: Evaluation, names: Sequence[str]) -> dict[s
 
     Of each curve the two rows on both sides of that speedup are run, and interpolated.
     """
-    found: dict[str, float] = {}
-    for name in names:
-        of_seed: dict[int | None, list[Row]] = {}
-        for row in evaluation.rows:
-            if row.curve == name:
-                of_seed.setdefault(row.seed, []).append(row)
-        at_target = [_at_target(run, evaluation, rows) for rows in of_seed.values()]
-        if at_target:
-            found[name] = float(np.mean(at_target))
-    return found
-
-
-def _at_target(run: Run, evaluation: Evaluation, rows: Sequence[Row]) -> float:
-    layers = {row.name: _mean_layers(evaluation.samples[row.name]) - row.router_layers for row in rows}
     target = HIGH_SPEEDUP * run.slm.num_layers
-    below = max((row for row in rows if layers[row.name] <= target), key=lambda row: layers[row.name], default=None)
-    above = min((row for row in rows if layers[row.name] >= target), key=lambda row: layers[row.name], default=None)
-    near = [row for row in (below, above) if row is not None]
-    correct = [float(_correct(run_row(run, row, held_back_answers(run))).mean()) for row in near]
-    return float(np.interp(target, [layers[row.name] for row in near], correct))
+    layers = {row.name: _mean_layers(evaluation.samples[row.name]) - row.router_layers for row in evaluation.rows}
+    # By curve and seed.
+    near: dict[tuple[str, int | None], list[Row]] = {}
+    for row in evaluation.rows:
+        if row.curve is not None and row.curve in names:
+            near.setdefault((row.curve, row.seed), []).append(row)
+    for place, rows in near.items():
+        below = max((row for row in rows if layers[row.name] <= target), key=lambda row: layers[row.name], default=None)
+        above = min((row for row in rows if layers[row.name] >= target), key=lambda row: layers[row.name], default=None)
+        near[place] = [row for row in (below, above) if row is not None]
+    samples = run_rows(run, [row for rows in near.values() for row in rows], held_back_answers(run))
+    found: dict[str, list[float]] = {}
+    for (curve, _), rows in near.items():
+        correct = [float(_correct(samples[row.name]).mean()) for row in rows]
+        found.setdefault(curve, []).append(float(np.interp(target, [layers[row.name] for row in rows], correct)))
+    return {curve: float(np.mean(at_target)) for curve, at_target in found.items()}
 
 
 def _adapters_gain(run: Run, evaluation: Evaluation) -> float | None:

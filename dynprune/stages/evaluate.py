@@ -17,14 +17,14 @@ from dynprune.evaluation.lossless import count_differences
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
-from dynprune.stages.baselines import baseline_rows, static_rows
+from dynprune.stages.baselines import baseline_rows, oracle_rows, static_rows
 from dynprune.stages.lossless import lossless_rows, timed_row
 from dynprune.stages.progress import track
 from dynprune.stages.router import learns_from, router
 from dynprune.stages.router_rows import TrainedMethod, router_rows
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest, plain
-from dynprune.stages.samples import Answers, run_row
+from dynprune.stages.samples import Answers, run_rows
 
 VERSION = 1
 
@@ -56,15 +56,19 @@ def evaluate(run: Run) -> Evaluation:
     methods = train_routers(run)
     rows = _rows(run, methods)
     answers = Answers(run, queries)
-    samples: dict[str, list[Sample]] = {}
-    differences: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        samples[row.name] = run_row(run, row, answers)
-        if row.drafting is not None:
-            with LayerPruner(run.slm) as pruner:
-                differences[row.name] = count_differences(run.slm, pruner, queries, samples[row.name], samples["original"])
-    del answers
-    for row, said in _under_other_adapters(run, queries):
+    samples = run_rows(run, rows, answers)
+    if run.config.evaluation.pruned_layers is None:
+        tried = {row.name: samples[row.name] for row in rows if row.drafting is None}
+        oracles = list(oracle_rows(run, queries, tried))
+        rows += oracles
+        samples |= run_rows(run, oracles, answers)
+    with LayerPruner(run.slm) as pruner:
+        differences = {
+            row.name: count_differences(run.slm, pruner, queries, samples[row.name], samples["original"])
+            for row in rows
+            if row.drafting is not None
+        }
+    for row, said in _under_other_adapters(run, queries, samples["original"]):
         rows.append(row)
         samples[row.name] = said
     timings = _time(run, [row for row in rows if row.timed], queries, samples["original"])
@@ -98,7 +102,9 @@ def _rows(run: Run, methods: Sequence[TrainedMethod]) -> list[Row]:
     return [*rows, *lossless_rows(run, rows)]
 
 
-def _under_other_adapters(run: Run, queries: Sequence[Query]) -> Iterator[tuple[Row, list[Sample]]]:
+def _under_other_adapters(
+    run: Run, queries: Sequence[Query], originals: Sequence[Sample]
+) -> Iterator[tuple[Row, list[Sample]]]:
     """Rows of static sets that are searched and run under other adapters than the run's."""
     settings = run.config.evaluation
     if settings.pruned_layers is not None:
@@ -107,9 +113,9 @@ def _under_other_adapters(run: Run, queries: Sequence[Query]) -> Iterator[tuple[
         config = run.config.copy()
         config.adapter, config.evaluation.static = adapter, settings.adapter_ablation.sizes
         other = run.with_changes(config)
-        answers = Answers(other, queries)
-        for row in static_rows(other):
-            yield replace(row, name=f"{row.name}-{name}", curve=None, timed=False), run_row(other, row, answers)
+        rows = [replace(row, name=f"{row.name}-{name}", curve=None, timed=False) for row in static_rows(other)]
+        samples = run_rows(other, rows, Answers(other, queries, originals))
+        yield from ((row, samples[row.name]) for row in rows)
 
 
 def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Sequence[Sample]) -> list[Timing]:

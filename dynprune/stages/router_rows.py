@@ -18,7 +18,7 @@ from dynprune.stages.explore import explore
 from dynprune.stages.router import TrainedRouter, router_layers, trained_router
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, once_a_run
-from dynprune.stages.samples import Answers, run_row
+from dynprune.stages.samples import Answers, run_rows
 
 log = logging.getLogger(__name__)
 BUDGET_RULES = ("same", "mean")
@@ -97,7 +97,7 @@ def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float, log_p
 
 
 def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
-    """Which held-back queries the full SLM gets right and a row wrong; a row is run when it is asked for."""
+    """Which held-back queries the full SLM gets right and a row wrong."""
     _, held_back = validation_queries(run)
     settings = run.config.evaluation.guarantee
     if len(held_back) < (fewest := fewest_queries(settings.loss, settings.confidence)):
@@ -106,11 +106,9 @@ def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
             f"{fewest} validation queries at least, but only {len(held_back)} are left that the router's training did not see; "
             "lower exploration.max_validation_queries, raise data.splits.validation, or allow a larger loss"
         )
-    answers = held_back_answers(run)
-    originals = run_row(run, ORIGINAL, answers)
+    samples = run_rows(run, [ORIGINAL, *rows], held_back_answers(run))
     for row in rows:
-        samples = run_row(run, row, answers)
-        pairs = zip(originals, samples, strict=True)
+        pairs = zip(samples["original"], samples[row.name], strict=True)
         yield row, [full.scores[RIGHT_BY] == 1 and pruned.scores[RIGHT_BY] < 1 for full, pruned in pairs]
 
 

@@ -1,19 +1,22 @@
-"""Running a row of the table on some queries; what it answered is an artifact."""
+"""Running the rows of the table on some queries; what each answered is an artifact.
 
+Rows are run together, query by query: what the configurations of all rows have in common is computed once.
+"""
+
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample, run_queries
 from dynprune.evaluation.lossless import run_lossless
 from dynprune.metrics.scores import mean_scores
-from dynprune.slm.prompt_states import PromptStates
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.progress import track
 from dynprune.stages.rows import ORIGINAL, Row
@@ -21,6 +24,7 @@ from dynprune.stages.run import Run, digest
 
 VERSION = 1
 log = logging.getLogger(__name__)
+_PARTS, _PART = "samples-*.jsonl", "samples-{:05d}.jsonl"
 
 
 class Answers:
@@ -28,92 +32,158 @@ class Answers:
 
     Attributes:
         queries: The queries of the table.
-        drafts: By query id, an output that may well come again: that of the unpruned SLM, or the reference answer before it.
-        states: What prompts are below the first layer in which two rows' configurations differ.
+        drafts: By query id, outputs that may well come again, the likeliest first.
         known: The samples by query id and configuration.
+        shown: Names of rows and ids of queries whose samples the log has shown.
     """
 
-    def __init__(self, run: Run, queries: Sequence[Query]) -> None:
-        """Starts without samples."""
+    def __init__(self, run: Run, queries: Sequence[Query], originals: Sequence[Sample] = ()) -> None:
+        """Starts without samples of pruned rows.
+
+        Args:
+            run: The run.
+            queries: The queries.
+            originals: What the unpruned SLM said to them, where it is known.
+        """
         self.queries = queries
-        self.drafts: Mapping[str, tuple[int, ...]] = {query.id: run.tokens(query)[1] for query in queries}
-        self.states = PromptStates(run.shared_bytes, len(queries))
+        self.drafts: Mapping[str, tuple[tuple[int, ...], ...]] = {query.id: (run.tokens(query)[1],) for query in queries}
         self.known: dict[tuple[str, tuple[int, ...]], Sample] = {}
+        self.shown: set[tuple[str, str]] = set()
+        self.add(originals)
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Takes on what the SLM said under the samples' configurations."""
+        for sample in samples:
+            self.known[sample.id, sample.pruned_layers] = sample
+            if not sample.pruned_layers and sample.token_ids not in self.drafts[sample.id]:
+                self.drafts = {**self.drafts, sample.id: (sample.token_ids, *self.drafts[sample.id])}
 
 
-def run_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
-    """Runs a row on all queries, or reads what it said before.
+def run_rows(run: Run, rows: Sequence[Row], answers: Answers) -> dict[str, list[Sample]]:
+    """Runs rows on all queries, or reads what they said before.
 
     Args:
         run: The run.
-        row: The row.
-        answers: What rows of the same table have said; the row's samples are added.
+        rows: The rows.
+        answers: What rows of the same table have said; the rows' samples are added.
 
     Returns:
-        A sample for each query, in their order.
+        By row, a sample for each query, in their order.
     """
-    queries = answers.queries
-    adapters_artifact = adapters(run)
+    samples: dict[str, list[Sample]] = {}
+    # The unpruned SLM's answers are drafts for all others; what is there already need not be generated.
+    original, others = (
+        [row for row in rows if row.drafting is None and (row.origin == ORIGINAL.origin) == wanted] for wanted in (True, False)
+    )
+    lossless = [row for row in rows if row.drafting is not None]
+    for group in (original, others):
+        there = [row for row in group if run.store.holds(**_identity(run, row, answers.queries))]
+        samples |= {row.name: _read_row(run, row, answers) for row in there}
+        if len(there) < len(group):
+            _generate(run, group, answers)
+            samples |= {row.name: _read_row(run, row, answers) for row in group if row.name not in samples}
+    samples |= {row.name: _read_row(run, row, answers) for row in lossless}
+    return {row.name: samples[row.name] for row in rows}
+
+
+def _identity(run: Run, row: Row, queries: Sequence[Query]) -> dict[str, Any]:
+    """What identifies the artifact of a row."""
     config = {
         "model": run.model_identity,
         "origin": row.origin,
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
     }
-    upstream = upstream_of(adapters_artifact)
-    if row.origin == ORIGINAL.origin:
-        # Without pruning there is nothing that adapters could change.
-        adapters_artifact, upstream = None, {}
-    position_of = {query.id: position for position, query in enumerate(queries)}
-    shown: set[str] = set()
+    upstream = {} if row.origin == ORIGINAL.origin else upstream_of(adapters(run))
+    return {"stage": "evaluate", "version": VERSION, "config": config, "data": digest(queries), "upstream": upstream}
 
-    def show(sample: Sample) -> None:
-        if run.config.evaluation.verbose and sample.id not in shown:
-            log.info("%s", _verdict(row.name, queries[position_of[sample.id]], sample))
-            shown.add(sample.id)
+
+def _read_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
+    """The samples of a row, from its artifact, which is made where it is missing."""
 
     def build(folder: Path) -> dict[str, Any]:
-        samples = []
-        for sample in _run(run, row, answers, adapters_artifact):
-            samples.append(sample)
-            show(sample)
-        samples.sort(key=lambda sample: position_of[sample.id])
+        samples = _answered(row, answers) if row.drafting is None else list(_run_lossless(run, row, answers))
         write_samples(samples, folder / "samples.jsonl")
         means = mean_scores()
-        means.update([sample.output for sample in samples], queries)
+        means.update([sample.output for sample in samples], answers.queries)
         scores = {name: float(mean) for name, mean in means.compute().items()}
         return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples), **scores}
 
-    artifact = run.store.get_or_build("evaluate", VERSION, config, digest(queries), upstream, build, resumable=False)
-    samples = _read_samples(artifact.folder)
-    for sample in samples:
-        show(sample)
+    identity = _identity(run, row, answers.queries)
+    samples = _read_samples(run.store.get_or_build(**identity, build=build, resumable=False).folder / "samples.jsonl")
+    for query, sample in zip(answers.queries, samples, strict=True):
+        _show(run, row, query, sample, answers)
     if row.drafting is None:
-        answers.known |= {(sample.id, sample.pruned_layers): sample for sample in samples}
-    if row.origin == ORIGINAL.origin:
-        answers.drafts = {sample.id: sample.token_ids for sample in samples}
+        answers.add(samples)
     return samples
 
 
-def _run(run: Run, row: Row, answers: Answers, adapters_artifact: Artifact | None) -> Iterator[Sample]:
-    """The samples of a row: first those that another row has already, then the others as they come."""
-    configurations = [tuple(sorted(row.choose(query))) for query in answers.queries]
+def _answered(row: Row, answers: Answers) -> list[Sample]:
+    return [answers.known[query.id, _configuration(row, query)] for query in answers.queries]
+
+
+def _run_lossless(run: Run, row: Row, answers: Answers) -> Iterator[Sample]:
+    assert row.drafting is not None
+    configurations = [_configuration(row, query) for query in answers.queries]
     limit = run.max_new_tokens(answers.queries)
-    # A lossless row's answers under a configuration are not that configuration's.
-    known = answers.known if row.drafting is None else {}
-    left: list[tuple[Query, tuple[int, ...]]] = []
-    for query, layers in zip(answers.queries, configurations, strict=True):
-        if (query.id, layers) in known:
-            yield known[query.id, layers]
-        else:
-            left.append((query, layers))
-    new, layers_of_new = [query for query, _ in left], [layers for _, layers in left]
-    with pruner_of(run, adapters_artifact) as pruner:
-        if row.drafting is None:
-            batch = run.config.hardware.batch_size
-            results = run_queries(run.slm, pruner, new, layers_of_new, answers.drafts, limit, batch, answers.states)
-        else:
-            results = run_lossless(run.slm, pruner, new, layers_of_new, limit, row.drafting)
-        yield from track(results, f"evaluating {row.name}", len(new))
+    with pruner_of(run, adapters(run)) as pruner:
+        results = run_lossless(run.slm, pruner, answers.queries, configurations, limit, row.drafting)
+        tracked = track(results, f"evaluating {row.name}", len(answers.queries))
+        for query, sample in zip(answers.queries, tracked, strict=True):
+            _show(run, row, query, sample, answers)
+            yield sample
+
+
+def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
+    """Generates what rows choose and nobody has said yet, all of it together; it goes on where it was stopped."""
+    queries = answers.queries
+    rows_of: dict[tuple[str, tuple[int, ...]], list[Row]] = {}
+    for query in queries:
+        for row in rows:
+            rows_of.setdefault((query.id, _configuration(row, query)), []).append(row)
+    query_of = {query.id: query for query in queries}
+    batch_size = run.config.hardware.batch_size
+    identity = _identity(run, rows[0], queries)
+    upstream = identity["upstream"]
+    # Of all rows, those that are there included: then it is the same when a run goes on that was stopped between two rows.
+    identity["config"]["origin"] = hashlib.sha256(json.dumps(list(rows_of)).encode()).hexdigest()
+
+    def build(folder: Path) -> dict[str, Any]:
+        parts = [_read_samples(path) for path in sorted(folder.glob(_PARTS))]
+        done = {(sample.id, sample.pruned_layers): sample for part in parts for sample in part}
+        number = len(parts)
+        if known := [answers.known[key] for key in rows_of if key in answers.known and key not in done]:
+            write_samples(known, folder / _PART.format(number))
+            number += 1
+        answers.add(done.values())
+        left = [key for key in rows_of if key not in answers.known]
+        with pruner_of(run, adapters(run) if upstream else None) as pruner:
+            results = run_queries(
+                run.slm,
+                pruner,
+                [query_of[id] for id, _ in left],
+                [layers for _, layers in left],
+                answers.drafts,
+                run.max_new_tokens(queries),
+                batch_size,
+                run.shared_bytes,
+            )
+            what = rows[0].name if len(rows) == 1 else f"{len(rows)} rows"
+            tracked = track(results, f"evaluating {what}", len(left))
+            while part := list(islice(tracked, batch_size)):
+                write_samples(part, folder / _PART.format(number))
+                number += 1
+                for sample in part:
+                    for row in rows_of[sample.id, sample.pruned_layers]:
+                        _show(run, row, query_of[sample.id], sample, answers)
+        return {"samples": len(rows_of), "generated": len(left)}
+
+    artifact = run.store.get_or_build(**{**identity, "stage": "generate"}, build=build, resumable=True)
+    for path in sorted(artifact.folder.glob(_PARTS)):
+        answers.add(_read_samples(path))
+
+
+def _configuration(row: Row, query: Query) -> tuple[int, ...]:
+    return tuple(sorted(row.choose(query)))
 
 
 def write_samples(samples: Sequence[Sample], target: Path) -> None:
@@ -122,13 +192,19 @@ def write_samples(samples: Sequence[Sample], target: Path) -> None:
         path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples), encoding="utf-8")
 
 
-def _read_samples(folder: Path) -> list[Sample]:
-    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+def _read_samples(path: Path) -> list[Sample]:
+    records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for record in records:
         record["pruned_layers"] = tuple(record["pruned_layers"])
         record["token_ids"] = tuple(record["token_ids"])
     return [Sample(**record) for record in records]
+
+
+def _show(run: Run, row: Row, query: Query, sample: Sample, answers: Answers) -> None:
+    """Shows a sample of a row, once."""
+    if run.config.evaluation.verbose and (row.name, query.id) not in answers.shown:
+        answers.shown.add((row.name, query.id))
+        log.info("%s", _verdict(row.name, query, sample))
 
 
 def _verdict(row: str, query: Query, sample: Sample) -> str:

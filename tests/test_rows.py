@@ -1,0 +1,142 @@
+"""Rows of a table that are run together: what they say, and what is left of it when they are stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import composed
+
+import dynprune.stages.samples as samples_stage
+from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.rows import ORIGINAL, Row
+from dynprune.stages.run import Run
+from dynprune.stages.samples import Answers, run_rows
+
+# Two rows choose alike for every other query, as routers do.
+ROWS = [
+    ORIGINAL,
+    Row("fixed-1", lambda query: (2,), "[2]"),
+    Row("fixed-2", lambda query: (0, 2), "[0, 2]"),
+    Row("mixed", lambda query: (2, 0) if len(query.id) % 2 else (1,), "abc"),
+]
+CHANGED = Row("other", lambda query: (3,), "[3]")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+def tiny_run(folder: Path, *overrides: str) -> Run:
+    places = [f"paths.run={folder / 'run'}", f"paths.artifacts={folder}"]
+    return Run(composed("experiment=tiny", "adapter=bottleneck", "hardware.batch_size=3", *places, *overrides))
+
+
+def asked_of(run: Run) -> list:
+    return run.queries("test", 6, "evaluation.max_queries")
+
+
+@pytest.fixture
+def generated(monkeypatch) -> list:
+    """What is generated: query and configuration, in order."""
+    keys, original = [], samples_stage.run_queries
+
+    def counted(*arguments):
+        for sample in original(*arguments):
+            keys.append((sample.id, sample.pruned_layers))
+            yield sample
+
+    monkeypatch.setattr(samples_stage, "run_queries", counted)
+    return keys
+
+
+def test_rows_together_say_what_transformers_generates_under_each_configuration_alone(artifacts, generated):
+    run = tiny_run(artifacts)
+    queries = asked_of(run)
+    said = run_rows(run, ROWS, Answers(run, queries))
+    assert list(said) == [row.name for row in ROWS]
+    assert len({sample.token_ids for samples in said.values() for sample in samples}) > len(queries)
+    limit = run.max_new_tokens(queries)
+    with pruner_of(run, adapters(run)) as pruner:
+        for row in ROWS:
+            for query, sample in zip(queries, said[row.name], strict=True):
+                pruner.prune(sorted(row.choose(query)))
+                ids = torch.tensor([run.tokens(query)[0]])
+                out = run.slm.generate(
+                    input_ids=ids, max_new_tokens=limit, do_sample=False, eos_token_id=list(run.slm.stop_ids)
+                )
+                new = out[0, ids.shape[1] :].tolist()
+                stopped = new[-1] in run.slm.stop_ids
+                assert sample.token_ids == tuple(new[:-1] if stopped else new)
+                assert (sample.id, sample.truncated) == (query.id, not stopped)
+                assert sample.pruned_layers == tuple(sorted(row.choose(query)))
+    # No query twice under one configuration, whichever rows choose it.
+    wanted = {(query.id, tuple(sorted(row.choose(query)))) for row in ROWS for query in queries}
+    assert sorted(generated) == sorted(wanted)
+
+
+def test_rows_that_are_there_are_read_and_what_they_said_is_not_generated_again(artifacts, generated):
+    run = tiny_run(artifacts)
+    queries = asked_of(run)
+    before = run_rows(run, ROWS, Answers(run, queries))
+    generated.clear()
+    like_mixed = Row("like-mixed", ROWS[3].choose, "def")
+    said = run_rows(run, [*ROWS, CHANGED, like_mixed], Answers(run, queries))
+    assert sorted(generated) == sorted((query.id, (3,)) for query in queries)
+    assert {name: said[name] for name in before} == before
+    assert said["like-mixed"] == said["mixed"]
+
+
+def test_rows_that_are_stopped_go_on_where_they_were(tmp_path, generated, monkeypatch):
+    run = tiny_run(tmp_path)
+    queries = asked_of(run)
+    counted = samples_stage.run_queries
+
+    def stopped(*arguments):
+        for number, sample in enumerate(counted(*arguments)):
+            if len(arguments[2]) > len(queries) and number == 7:
+                raise KeyboardInterrupt
+            yield sample
+
+    monkeypatch.setattr(samples_stage, "run_queries", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_rows(run, ROWS, Answers(run, queries))
+    first = list(generated)
+    kept = [
+        (record["id"], tuple(record["pruned_layers"]))
+        for path in (tmp_path / "generate").glob("*.partial/samples-*.jsonl")
+        for record in map(json.loads, path.read_text().splitlines())
+    ]
+    # Of what had come, no more is lost than a batch.
+    assert len(first) - len(queries) - len(kept) <= 3
+    assert kept
+
+    monkeypatch.setattr(samples_stage, "run_queries", counted)
+    generated.clear()
+    said = run_rows(run, ROWS, Answers(run, queries))
+    assert not set(generated) & set(kept)
+    undisturbed = tiny_run(tmp_path / "undisturbed")
+    assert said == run_rows(undisturbed, ROWS, Answers(undisturbed, queries))
+
+
+def test_a_stop_between_two_rows_loses_nothing(tmp_path, generated, monkeypatch):
+    run = tiny_run(tmp_path)
+    queries = asked_of(run)
+    written, write = [], samples_stage.write_samples
+
+    def stopped(samples, target):
+        if target.name == "samples.jsonl":
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(target)
+        write(samples, target)
+
+    monkeypatch.setattr(samples_stage, "write_samples", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_rows(run, ROWS, Answers(run, queries))
+    monkeypatch.setattr(samples_stage, "write_samples", write)
+    generated.clear()
+    said = run_rows(run, ROWS, Answers(run, queries))
+    assert generated == []
+    assert [sample.pruned_layers for sample in said["fixed-2"]] == [(0, 2)] * len(queries)
