@@ -27,11 +27,16 @@ def nats_per_token(slm, stack, pruned, data) -> float:
     return total / count
 
 
+def nats_alone(slm, stack, data) -> list[float]:
+    tokens = sum(len(answer) + 1 for _, answer in data)
+    return [tokens * nats_per_token(slm, stack, [layer], data) for layer in range(4)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_each_step_adds_the_layer_that_hurts_the_likelihood_least(make_slm, batch_size):
     slm, stack, data = make_slm(), random_adapters(), samples()
     with LayerPruner(slm, stack) as pruner:
-        found = list(greedy_static_sets(slm, pruner, data, 3, None, batch_size))
+        found = list(greedy_static_sets(slm, pruner, data, nats_alone(slm, stack, data), 3, None, batch_size))
     chosen: tuple[int, ...] = ()
     for layers, loss in found:
         losses = {
@@ -48,18 +53,19 @@ def test_impossible_sizes_and_missing_samples_are_refused(make_slm):
     slm = make_slm()
     with LayerPruner(slm) as pruner:
         with pytest.raises(ValueError, match="set of 5 layers"):
-            next(greedy_static_sets(slm, pruner, samples(), 5, None, 2))
+            next(greedy_static_sets(slm, pruner, samples(), [1.0] * 4, 5, None, 2))
         with pytest.raises(ValueError, match="needs samples"):
-            next(greedy_static_sets(slm, pruner, [], 1, None, 2))
+            next(greedy_static_sets(slm, pruner, [], [0.0] * 4, 1, None, 2))
 
 
 def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
     slm, stack, data = make_slm(), random_adapters(), samples()
-    alone = sorted(range(4), key=lambda layer: nats_per_token(slm, stack, [layer], data))
+    alone_L = nats_alone(slm, stack, data)
+    alone = sorted(range(4), key=lambda layer: alone_L[layer])
     with LayerPruner(slm, stack) as pruner:
-        *_, (pair, _) = greedy_static_sets(slm, pruner, data, 2, 2, 8)
+        *_, (pair, _) = greedy_static_sets(slm, pruner, data, alone_L, 2, 2, 8)
         with pytest.raises(ValueError, match=r"static_candidates=1 is fewer"):
-            next(greedy_static_sets(slm, pruner, data, 2, 1, 8))
+            next(greedy_static_sets(slm, pruner, data, alone_L, 2, 1, 8))
     assert set(pair) == set(alone[:2])
 
 
@@ -80,7 +86,9 @@ def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, b
     asked = (right[(0,)] | right[(1,)] | right[(2,)] | right[(3,)]).nonzero()[:, 0].tolist()
     validation = [(prompts[number].tolist(), []) for number in asked]
     with LayerPruner(slm, stack) as pruner:
-        found = list(accurate_static_sets(slm, pruner, data, validation, 3, None, finalists, batch_size))
+        found = list(
+            accurate_static_sets(slm, pruner, data, nats_alone(slm, stack, data), validation, 3, None, finalists, batch_size)
+        )
     chosen: tuple[int, ...] = ()
     for layers, accuracy in found:
         options = [tuple(sorted([*chosen, layer])) for layer in range(4) if layer not in chosen]
@@ -95,14 +103,15 @@ def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, b
 
 def test_among_equally_accurate_sets_the_likeliest_is_taken(make_slm):
     slm, stack, data = make_slm(), random_adapters(), samples()
+    alone_L = nats_alone(slm, stack, data)
     with LayerPruner(slm, stack) as pruner:
-        [(likeliest, _)] = greedy_static_sets(slm, pruner, data, 1, None, 8)
+        [(likeliest, _)] = greedy_static_sets(slm, pruner, data, alone_L, 1, None, 8)
         # Nothing is right whatever is pruned: random weights do not give random answers.
-        [(accurate, accuracy)] = accurate_static_sets(slm, pruner, data, data, 1, None, 4, 8)
+        [(accurate, accuracy)] = accurate_static_sets(slm, pruner, data, alone_L, data, 1, None, 4, 8)
     assert (accurate, accuracy) == (likeliest, 0.0)
 
 
 def test_a_search_by_accuracy_without_finalists_is_refused(make_slm):
     slm = make_slm()
     with LayerPruner(slm) as pruner, pytest.raises(ValueError, match="finalists=0 tries no layer"):
-        accurate_static_sets(slm, pruner, samples(), samples(), 1, None, 0, 8)
+        accurate_static_sets(slm, pruner, samples(), [0.0] * 4, samples(), 1, None, 0, 8)

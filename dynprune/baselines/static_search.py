@@ -19,6 +19,7 @@ def greedy_static_sets(
     slm: SLM,
     pruner: LayerPruner,
     samples: Sequence[Answered],
+    nats_alone_L: Sequence[float],
     largest: int,
     candidates: int | None,
     batch_size: int,
@@ -29,6 +30,7 @@ def greedy_static_sets(
         slm: The SLM.
         pruner: Its pruner with adapters, entered.
         samples: Prompt and reference answer of each sample, as tokens.
+        nats_alone_L: Negative log-likelihood of all answers with each of the L layers pruned alone, in nats: the first step.
         largest: Size of the largest set.
         candidates: After the first layer, only so many are tried, those that hurt least alone; ``None`` tries all.
         batch_size: Samples in a batch.
@@ -39,13 +41,14 @@ def greedy_static_sets(
     Raises:
         ValueError: If a set cannot have so many layers, there are too few candidates, or there are no samples.
     """
-    return _grow(slm, pruner, samples, largest, candidates, batch_size, lambda ranked: ranked[0])
+    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, batch_size, lambda ranked: ranked[0])
 
 
 def accurate_static_sets(
     slm: SLM,
     pruner: LayerPruner,
     samples: Sequence[Answered],
+    nats_alone_L: Sequence[float],
     validation: Sequence[Answered],
     largest: int,
     candidates: int | None,
@@ -60,6 +63,7 @@ def accurate_static_sets(
         slm: The SLM.
         pruner: Its pruner with adapters, entered.
         samples: What the likelihood is measured on, see `greedy_static_sets`.
+        nats_alone_L: See `greedy_static_sets`.
         validation: What the accuracy is measured on.
         largest: See `greedy_static_sets`.
         candidates: See `greedy_static_sets`.
@@ -84,7 +88,7 @@ def accurate_static_sets(
         best = right.index(max(right))
         return sets[best], right[best] / len(validation)
 
-    return _grow(slm, pruner, samples, largest, candidates, batch_size, most_accurate)
+    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, batch_size, most_accurate)
 
 
 def check_candidates(candidates: int | None, largest: int) -> None:
@@ -104,6 +108,7 @@ def _grow(
     slm: SLM,
     pruner: LayerPruner,
     samples: Sequence[Answered],
+    nats_alone_L: Sequence[float],
     largest: int,
     candidates: int | None,
     batch_size: int,
@@ -117,25 +122,24 @@ def _grow(
         )
     if not samples:
         raise ValueError("the search for static sets needs samples of the train split; set evaluation.static_samples")
+    check_candidates(candidates, largest)
+    # Each answer's tokens and its stop token.
+    tokens = sum(len(answer) + 1 for _, answer in samples)
+    by_loss = sorted(range(slm.num_layers), key=lambda layer: nats_alone_L[layer])
+    tried = by_loss[:candidates]
+    found = choose([((layer,), nats_alone_L[layer] / tokens) for layer in by_loss])
+    yield found
     # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
     samples = sorted(samples, key=lambda sample: len(sample[1]))
     batches = [AnswerBatch(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
-    check_candidates(candidates, largest)
-    chosen: tuple[int, ...] = ()
-    tried = list(range(slm.num_layers))
-    for _ in range(largest):
+    while len(chosen := found[0]) < largest:
         losses = dict.fromkeys((layer for layer in tried if layer not in chosen), 0.0)
-        tokens = 0
         for batch in batches:
             pruner.prune(chosen)
-            inputs, scores = batch.run(slm)
-            tokens += int(scores.tokens_B.sum())
+            inputs, _ = batch.run(slm)
             for layer in losses:
                 pruner.prune([*chosen, layer])
                 losses[layer] += float(batch.scores(slm, layer, inputs[layer]).nats_B.sum())
         ranked = sorted(losses, key=lambda layer: losses[layer])
-        if not chosen:
-            tried = ranked[:candidates]
         found = choose([(tuple(sorted([*chosen, layer])), losses[layer] / tokens) for layer in ranked])
-        chosen = found[0]
         yield found

@@ -29,7 +29,7 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.latency import Chooser
 from dynprune.router.encoder import TextEncoder
-from dynprune.slm.likelihood import Answered, score_configurations
+from dynprune.slm.likelihood import score_configurations
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.explore import explore
@@ -64,10 +64,8 @@ def static_sets(run: Run) -> Artifact:
     """Searches the static sets up to the largest size that the table asks for."""
     largest = max(run.config.evaluation.static)
 
-    def search(pruner: LayerPruner, samples: Sequence[Answered]) -> Iterator[tuple[tuple[int, ...], float]]:
-        settings = run.config.evaluation
-        batch_size = run.config.hardware.batch_size
-        return greedy_static_sets(run.slm, pruner, samples, largest, settings.static_candidates, batch_size)
+    def search(pruner: LayerPruner, queries: Sequence[Query]) -> Iterator[tuple[tuple[int, ...], float]]:
+        return _greedy(run, pruner, queries, largest)
 
     return _searched(run, "static", largest, "nats_per_token", search, {}, None)
 
@@ -77,11 +75,12 @@ def _static_accuracy(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     validation = run.queries("validation", own.max_queries, "evaluation.baselines.static_accuracy.max_queries")
     largest = max(sizes)
 
-    def search(pruner: LayerPruner, samples: Sequence[Answered]) -> Iterator[tuple[tuple[int, ...], float]]:
+    def search(pruner: LayerPruner, queries: Sequence[Query]) -> Iterator[tuple[tuple[int, ...], float]]:
         return accurate_static_sets(
             run.slm,
             pruner,
-            samples,
+            [run.tokens(query) for query in queries],
+            _nats_alone(run, queries),
             [run.tokens(query) for query in validation],
             largest,
             run.config.evaluation.static_candidates,
@@ -98,7 +97,7 @@ def _searched(
     stage: str,
     largest: int,
     figure: str,
-    search: Callable[[LayerPruner, Sequence[Answered]], Iterator[tuple[tuple[int, ...], float]]],
+    search: Callable[[LayerPruner, Sequence[Query]], Iterator[tuple[tuple[int, ...], float]]],
     own: Mapping[str, Any],
     validation: Sequence[Query] | None,
 ) -> Artifact:
@@ -109,15 +108,17 @@ def _searched(
         stage: The artifact's stage.
         largest: Size of the largest set.
         figure: Name of the figure.
-        search: Yields the sets, from the pruner and the samples of the train split.
+        search: Yields the sets, from the pruner and queries of the train split.
         own: What of the search's settings is its own.
         validation: Queries that it reads beside those of the train split.
     """
     queries = run.queries("train", run.config.evaluation.static_samples, "evaluation.static_samples")
 
     def build(folder: Path) -> dict[str, Any]:
+        # Each has the SLM for itself.
+        _alone(run)
         with pruner_of(run, adapters(run)) as pruner:
-            found = search(pruner, [run.tokens(query) for query in queries])
+            found = search(pruner, queries)
             what = "searching static sets" if validation is None else "searching static sets by accuracy"
             sets = {str(len(layers)): {"layers": list(layers), figure: value} for layers, value in track(found, what, largest)}
         with replacing(folder / "sets.json") as path:
@@ -128,6 +129,60 @@ def _searched(
     data = digest(queries) if validation is None else {"train": digest(queries), "validation": digest(validation)}
     config = {**_search_config(run, largest), **own}
     return run.store.get_or_build(stage, VERSION, config, data, upstream_of(adapters(run)), build, resumable=False)
+
+
+def _greedy(run: Run, pruner: LayerPruner, queries: Sequence[Query], largest: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    return greedy_static_sets(
+        run.slm,
+        pruner,
+        [run.tokens(query) for query in queries],
+        _nats_alone(run, queries),
+        largest,
+        run.config.evaluation.static_candidates,
+        run.config.hardware.batch_size,
+    )
+
+
+def _nats_alone(run: Run, queries: Sequence[Query]) -> list[float]:
+    """What the answers to some of the searches' queries lose with each layer alone, in nats."""
+    nats_per_token = _read_losses(_alone(run).folder)
+    nats_QL = np.array([nats_per_token[query.id] for query in queries])
+    tokens_Q = np.array([len(run.tokens(query)[1]) + 1 for query in queries])
+    nats_L: list[float] = (tokens_Q @ nats_QL).tolist()
+    return nats_L
+
+
+@once_a_run
+def _alone(run: Run) -> Artifact:
+    """Measures the loss of train queries with each layer pruned alone, in nats a token: the first step of every search."""
+    settings = run.config.evaluation
+    searched = [run.queries("train", settings.static_samples, "evaluation.static_samples")]
+    if _library_sizes(run):
+        searched.append(_library_queries(run))
+    queries = max(searched, key=len)
+
+    def build(folder: Path) -> dict[str, Any]:
+        _measure(run, folder, queries, [(layer,) for layer in range(run.slm.num_layers)], "measuring each layer alone")
+        return {"queries": len(queries)}
+
+    config = {"model": run.model_identity}
+    return run.store.get_or_build("alone", VERSION, config, digest(queries), upstream_of(adapters(run)), build, resumable=True)
+
+
+def _measure(run: Run, folder: Path, queries: Sequence[Query], sets: Sequence[Sequence[int]], title: str) -> None:
+    """Measures the loss of each query under each set, in nats a token, where an earlier attempt has not."""
+    done = _read_losses(folder)
+    left = [query for query in queries if query.id not in done]
+    batch_size = run.config.hardware.batch_size
+    parts = len(list(folder.glob("losses-*.json")))
+    with pruner_of(run, adapters(run)) as pruner:
+        measured = score_configurations(run.slm, pruner, [run.tokens(query) for query in left], sets, batch_size)
+        batches = track(measured, title, -(-len(left) // batch_size))
+        for part, (positions, scores) in enumerate(batches, start=parts):
+            loss_BS = torch.stack([scored.nats_per_token_B for scored in scores], dim=1).tolist()
+            losses = {left[position].id: loss_S for position, loss_S in zip(positions, loss_BS, strict=True)}
+            with replacing(folder / f"losses-{part:05d}.json") as path:
+                path.write_text(json.dumps(losses), encoding="utf-8")
 
 
 def _block_influence(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
@@ -241,16 +296,15 @@ def _library(run: Run) -> Artifact:
     def build(folder: Path) -> dict[str, Any]:
         _, group_Q = cluster(_embeddings(run, queries), groups, seed, "evaluation.baselines.library.groups")
         numbers = sorted(set(group_Q.tolist()))
+        # Each has the SLM for itself.
+        _alone(run)
         with pruner_of(run, adapters(run)) as pruner:
             for number in track(numbers, "searching the library of sets", len(numbers)):
                 target = folder / f"group-{number:03d}.json"
                 if target.exists():
                     continue
                 members = [query for query, group in zip(queries, group_Q, strict=True) if group == number]
-                samples = [run.tokens(query) for query in members]
-                search = greedy_static_sets(
-                    run.slm, pruner, samples, largest, settings.static_candidates, run.config.hardware.batch_size
-                )
+                search = _greedy(run, pruner, members, largest)
                 record = {"queries": [query.id for query in members], "sets": [list(layers) for layers, _ in search]}
                 with replacing(target) as path:
                     path.write_text(json.dumps(record), encoding="utf-8")
@@ -273,18 +327,7 @@ def _losses(run: Run) -> Artifact:
         sets = sorted({tuple(layers) for group in groups for layers in group["sets"] if len(layers) in sizes})
         with replacing(folder / "sets.json") as path:
             path.write_text(json.dumps(sets), encoding="utf-8")
-        done = _read_losses(folder)
-        left = [query for query in queries if query.id not in done]
-        batch_size = run.config.hardware.batch_size
-        parts = len(list(folder.glob("losses-*.json")))
-        with pruner_of(run, adapters(run)) as pruner:
-            measured = score_configurations(run.slm, pruner, [run.tokens(query) for query in left], sets, batch_size)
-            batches = track(measured, "measuring the sets of the library", -(-len(left) // batch_size))
-            for part, (positions, scores) in enumerate(batches, start=parts):
-                loss_BS = torch.stack([scored.nats_per_token_B for scored in scores], dim=1).tolist()
-                losses = {left[position].id: loss_S for position, loss_S in zip(positions, loss_BS, strict=True)}
-                with replacing(folder / f"losses-{part:05d}.json") as path:
-                    path.write_text(json.dumps(losses), encoding="utf-8")
+        _measure(run, folder, queries, sets, "measuring the sets of the library")
         return {"queries": len(queries), "sets": len(sets)}
 
     upstream = {"library": library.fingerprint}
