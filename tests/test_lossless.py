@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
-from dynprune.evaluation.accuracy import run_queries
+from dynprune.evaluation.accuracy import Asked, run_queries
 from dynprune.evaluation.latency import TimedRow, decode_pruned, time_rows
 from dynprune.evaluation.lossless import count_differences, run_lossless
 from dynprune.slm.cache import ReservingCache
@@ -36,7 +36,7 @@ def queries(n: int) -> list[Query]:
 
 def originals(slm, asked):
     with LayerPruner(slm) as pruner:
-        found = {s.id: s for s in run_queries(slm, pruner, asked, [()] * len(asked), {}, 10, 2, 0)}
+        found = {s.id: s for s in run_queries(slm, pruner, [Asked(query, ((),)) for query in asked], 10, 2, 0)}
     return [found[query.id] for query in asked]
 
 

@@ -268,21 +268,27 @@ def test_a_router_without_input_prunes_the_same_layers_for_all_and_costs_nothing
     assert pruned_by(folder, "constant", "router-dpo@safe") == pruned_by(folder, "constant", "router-dpo@0.5")
 
 
-def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_only_later_ones(tiny, run_here):
+def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
     folder, _ = tiny
     run_here(
-        "states",
-        "router=slm_states",
-        "router.slm_layers=2",
-        "router.ratio=categorical",
-        "method=fbc",
-        "method.min_score=-10",
+        "own",
+        "+method@evaluation.routers.states=fbc",
+        "+method@evaluation.routers.blind=fbc",
+        "evaluation.routers.states.min_score=-10",
+        "evaluation.routers.blind.min_score=-10",
+        "+evaluation.router_settings.states={inputs:slm_states,slm_layers:2,ratio:categorical}",
+        "+evaluation.router_settings.blind.inputs=none",
         "evaluation.budgets=[0]",
     )
-    rows = table_of(folder, "states")
-    assert set(pruned_by(folder, "states", "router-fbc@0")) == {(2, 3)}
-    assert rows["router-fbc@0"]["nominal_speedup"] == 0
-    assert all(set(layers) <= {2, 3} for layers in pruned_by(folder, "states", "router-fbc"))
+    rows = table_of(folder, "own")
+    # One reads the SLM's states: it costs the layers that it runs, and prunes only later ones.
+    assert set(pruned_by(folder, "own", "router-states@0")) == {(2, 3)}
+    assert rows["router-states@0"]["nominal_speedup"] == 0
+    assert all(set(layers) <= {2, 3} for layers in pruned_by(folder, "own", "router-states"))
+    # The other sees nothing and costs nothing.
+    [layers] = set(pruned_by(folder, "own", "router-blind"))
+    assert rows["router-blind"]["nominal_speedup"] == len(layers) / 4
+    assert set(pruned_by(folder, "own", "router-blind@0")) == {()}
 
 
 @pytest.mark.parametrize(
@@ -305,6 +311,14 @@ def test_a_router_on_the_slms_states_costs_the_layers_that_it_runs_and_prunes_on
         (["router=slm_states", "router.slm_layers=2", "router.prunable_layers=[1,3]"], "allowed: layers from 2 on"),
         (["evaluation.budgets=[0.9]"], "a nominal speedup of 0.9 needs 4.6 pruned layers"),
         (["evaluation.guarantee={loss:0.1,confidence:0.9}"], "evaluation.guarantee needs budgets"),
+        (
+            ["+evaluation.router_settings.other.inputs=none"],
+            "router_settings.other is about no router of the table; allowed: dpo",
+        ),
+        (
+            ["+evaluation.router_settings.dpo.input=none"],
+            "router_settings.dpo.input is no key of the group router; allowed:",
+        ),
         (["evaluation.budget_rule=median"], "evaluation.budget_rule='median' is unknown; allowed: same, mean"),
         (["evaluation.static_candidates=1"], "evaluation.static_candidates=1 is fewer than the 2 layers"),
         (

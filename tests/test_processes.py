@@ -28,12 +28,12 @@ def test_two_processes_explore_what_one_explores(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        said = dynprune(folder, *command, f"hardware.explore_processes={processes}").stdout
-        assert ("exploring in 2 processes" in said) == (processes == 2)
+        said = dynprune(folder, *command, f"hardware.processes={processes}").stdout
+        assert ("to 2 processes" in said) == (processes == 2)
         [shards] = (path.parent for path in folder.glob("outputs/artifacts/explore/*/manifest.json"))
         found.append([(r.id, r.pruned_layers, r.score, r.output) for r in read_rollouts(shards)])
     assert len({row[0] for row in found[0]}) == 100
     assert found[0] == found[1]
-    wrong = dynprune(folder, *command, "exploration.strategy.branch_factor=0", "hardware.explore_processes=2", check=False)
+    wrong = dynprune(folder, *command, "exploration.strategy.branch_factor=0", "hardware.processes=2", check=False)
     assert wrong.returncode != 0
     assert "exploration.strategy.branch_factor=0 is too small" in wrong.stdout + wrong.stderr

@@ -39,46 +39,58 @@ class Sample:
     drafts: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A query to run.
+
+    Attributes:
+        query: The query.
+        configurations: The configurations to run it under, layers in ascending order.
+        drafts: Outputs that may well come again, the likeliest first; they change the speed, not the outputs.
+    """
+
+    query: Query
+    configurations: tuple[tuple[int, ...], ...]
+    drafts: tuple[tuple[int, ...], ...] = ()
+
+
 def run_queries(
     slm: SLM,
     pruner: LayerPruner,
-    queries: Sequence[Query],
-    configurations: Sequence[Sequence[int]],
-    drafts: Mapping[str, tuple[tuple[int, ...], ...]],
+    asked: Sequence[Asked],
     max_new_tokens: int,
     batch_size: int,
     shared_bytes: int,
 ) -> Iterator[Sample]:
-    """Generates and scores the answer of each query under its configuration.
+    """Generates and scores the answer of each query under each of its configurations.
 
     Args:
         slm: The SLM.
         pruner: Its pruner, entered.
-        queries: The queries; one may come with several configurations, best one after another.
-        configurations: Pruned layers for each query.
-        drafts: By query id, outputs that may well come again, the likeliest first; they change the speed, not the outputs.
+        asked: The queries and their configurations.
         max_new_tokens: Limit of each output, stop token included.
-        batch_size: Queries generated together.
+        batch_size: Rows generated together.
         shared_bytes: Memory for what configurations of the same query share.
 
     Yields:
-        A sample for each query, in the order in which they finish.
+        A sample for each query and configuration, in the order in which they finish.
     """
+    each = [(one, configuration) for one in asked for configuration in one.configurations]
     requests = [
         Request(
-            prompt=prompt_tokens(slm.tokenizer, query),
-            pruned_layers=tuple(sorted(configuration)),
+            prompt=prompt_tokens(slm.tokenizer, one.query),
+            pruned_layers=configuration,
             max_new_tokens=max_new_tokens,
-            drafts=drafts.get(query.id, ()),
+            drafts=one.drafts,
         )
-        for query, configuration in zip(queries, configurations, strict=True)
+        for one, configuration in each
     ]
     for position, continuation in generate_all(slm, pruner, requests, batch_size, PromptStates(shared_bytes)):
-        query = queries[position]
+        query, configuration = each[position][0].query, each[position][1]
         output = slm.decode(continuation.token_ids)
         yield Sample(
             id=query.id,
-            pruned_layers=requests[position].pruned_layers,
+            pruned_layers=configuration,
             output=output,
             token_ids=continuation.token_ids,
             truncated=continuation.truncated,

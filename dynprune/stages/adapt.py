@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
-from dynprune.evaluation.accuracy import run_queries
+from dynprune.evaluation.accuracy import Asked, run_queries
 from dynprune.evaluation.machine import describe_machine
 from dynprune.evaluation.statistics import mean_interval
 from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delta, trained_functions
@@ -129,9 +129,8 @@ def _score(run: Run, queries: Sequence[Query], folder: Path) -> dict[str, Any]:
     slm: SLM = instantiate(run.config.model, delta=str(folder), device=run.config.hardware.device)
     run.slm = slm
     with LayerPruner(slm) as pruner:
-        samples = run_queries(
-            slm, pruner, queries, [()] * len(queries), {}, run.max_new_tokens(queries), run.config.hardware.batch_size, 0
-        )
+        asked = [Asked(query, ((),)) for query in queries]
+        samples = run_queries(slm, pruner, asked, run.max_new_tokens(queries), run.config.hardware.batch_size, shared_bytes=0)
         scored = [sample.scores for sample in track(samples, "scoring the adapted SLM", len(queries))]
     del run.slm
     intervals = {name: mean_interval([scores[name] for scores in scored]) for name in scored[0]}

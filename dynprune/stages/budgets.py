@@ -52,12 +52,14 @@ def check_table(config: DictConfig) -> None:
     """Refuses a table that could not be finished, before hours are spent on it.
 
     Raises:
-        ValueError: If there is no such rule for budgets, a guarantee has no budgets to choose from, static sets are larger than
-            what they are searched among, or the headline is asked for and a curve that it needs is not.
+        ValueError: If there is no such rule for budgets, settings are of no router of the table, a guarantee has no budgets to
+            choose from, static sets are larger than what they are searched among, or the headline is asked for and a curve that
+            it needs is not.
     """
     settings = config.evaluation
     if settings.budget_rule not in BUDGET_RULES:
         raise ValueError(f"evaluation.budget_rule={settings.budget_rule!r} is unknown; allowed: {', '.join(BUDGET_RULES)}")
+    _check_router_settings(config)
     if settings.guarantee.loss is not None and not settings.budgets:
         raise ValueError("evaluation.guarantee needs budgets to choose from; set evaluation.budgets, for example [0,0.1,0.2]")
     searched = [settings.static, *(settings.baselines[name].sizes for name in SEARCHED)]
@@ -78,6 +80,17 @@ def check_table(config: DictConfig) -> None:
     missing = [what for what, there in needed.items() if not there]
     if settings.headline and missing:
         raise ValueError(f"evaluation.headline=true needs {'; '.join(missing)}")
+
+
+def _check_router_settings(config: DictConfig) -> None:
+    settings = config.evaluation
+    names = list(settings.routers) or [config.method.name]
+    for name, own in settings.router_settings.items():
+        key = f"evaluation.router_settings.{name}"
+        if name not in names:
+            raise ValueError(f"{key} is about no router of the table; allowed: {', '.join(names)}")
+        if unknown := sorted(set(own) - set(config.router)):
+            raise ValueError(f"{key}.{unknown[0]} is no key of the group router; allowed: {', '.join(config.router)}")
 
 
 def headline_of(run: Run, evaluation: Evaluation, table: Sequence[TableRow], curves: Mapping[str, BudgetCurve]) -> Headline:

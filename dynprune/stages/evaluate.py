@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
@@ -82,8 +82,9 @@ def train_routers(run: Run) -> list[TrainedMethod]:
         return []
     methods: Mapping[str, DictConfig] = settings.routers or {run.config.method.name: run.config.method}
     seeds = plain(settings.router_seeds) or [run.config.seed]
+    runs = {name: _with_own_router(run, name) for name in methods}
     trained = [
-        TrainedMethod(name, learns_from(method), {seed: router(run, method, seed) for seed in seeds})
+        TrainedMethod(name, learns_from(method), {seed: router(runs[name], method, seed) for seed in seeds}, runs[name])
         for name, method in methods.items()
     ]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -92,13 +93,23 @@ def train_routers(run: Run) -> list[TrainedMethod]:
     return trained
 
 
+def _with_own_router(run: Run, name: str) -> Run:
+    """The run with what one of the routers has of its own."""
+    own = run.config.evaluation.router_settings.get(name)
+    if not own:
+        return run
+    config = run.config.copy()
+    config.router = OmegaConf.merge(config.router, own)
+    return run.with_changes(config)
+
+
 def _rows(run: Run, methods: Sequence[TrainedMethod]) -> list[Row]:
     settings = run.config.evaluation
     if settings.pruned_layers is not None:
         layers = sorted(set(settings.pruned_layers))
         rows = [ORIGINAL, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
     else:
-        rows = [ORIGINAL, *baseline_rows(run), *(row for method in methods for row in router_rows(run, method))]
+        rows = [ORIGINAL, *baseline_rows(run), *(row for method in methods for row in router_rows(method))]
     return [*rows, *lossless_rows(run, rows)]
 
 

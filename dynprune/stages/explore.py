@@ -2,19 +2,15 @@
 
 import json
 import logging
-import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from multiprocessing import get_context, parent_process
-from multiprocessing.queues import Queue
+from functools import partial
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
@@ -25,15 +21,14 @@ from dynprune.exploration.statistics import exploration_statistics, statistics_l
 from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
+from dynprune.stages.processes import shared_out
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, digest, once_a_run, plain, portable_config
+from dynprune.stages.run import Run, digest, once_a_run, plain
 
 log = logging.getLogger(__name__)
 VERSION = 3
 STATISTICS = "statistics.json"
-# A process takes some 20 s to start, in which so many queries could have been explored.
-_LEAST_QUERIES = 50
-_SECONDS_BETWEEN_LOOKS = 2.0
+_QUERIES_A_PROCESS = 50
 # Which key says how many queries of a split there are.
 _LIMITS = {
     "train": "exploration.max_queries",
@@ -71,12 +66,9 @@ def explore(run: Run, split: str = "train") -> Artifact:
         # A copy: the writer adds to its own.
         done = set(writer.completed_ids)
         left = [query for query in queries if query.id not in done]
-        processes = min(run.config.hardware.explore_processes, len(left) // _LEAST_QUERIES)
-        searches = (
-            _explored(run, adapters_artifact, left, run.shared_bytes)
-            if processes < 2
-            else _explored_in_processes(run, adapters_artifact, left, processes)
-        )
+        # What is wrong with the strategy's settings is said here, not by each process.
+        instantiate(settings.strategy)
+        searches = shared_out(run, partial(_explored, adapters_artifact), left, _QUERIES_A_PROCESS)
         # What is trained on them reads the rollouts in this order, whichever query ends first.
         place_of = {query.id: place for place, query in enumerate(queries)}
         with closing(searches):
@@ -96,9 +88,7 @@ def _write_statistics(folder: Path, min_score: float) -> None:
     log.info("explored %s", "\n".join(statistics_lines(statistics)))
 
 
-def _explored(
-    run: Run, artifact: Artifact | None, queries: Sequence[Query], shared_bytes: int
-) -> Generator[list[Tried], None, None]:
+def _explored(artifact: Artifact | None, run: Run, queries: Sequence[Query], shared_bytes: int) -> Iterator[list[Tried]]:
     settings = run.config.exploration
     with pruner_of(run, artifact) as pruner:
         yield from explore_queries(
@@ -114,79 +104,3 @@ def _explored(
             run.config.seed,
             settings.estimate_all,
         )
-
-
-def _explored_in_processes(
-    run: Run, artifact: Artifact | None, queries: Sequence[Query], processes: int
-) -> Generator[list[Tried], None, None]:
-    """Shares queries, threads and memory out to processes, each with an SLM of its own.
-
-    Raises:
-        RuntimeError: If one of the processes fails or dies.
-    """
-    # What is wrong with the strategy's settings is said here, not by each process.
-    instantiate(run.config.exploration.strategy)
-    context = get_context("spawn")
-    results: Queue[tuple[int, list[Tried] | str | None]] = context.Queue()
-    threads = max(1, torch.get_num_threads() // processes)
-    shared_bytes = run.shared_bytes // processes
-    workers = {
-        number: context.Process(
-            target=_work,
-            args=(portable_config(run), artifact, queries[number::processes], shared_bytes, threads, number, results),
-            daemon=True,
-        )
-        for number in range(processes)
-    }
-    log.info("exploring in %d processes, %d threads each", processes, threads)
-    try:
-        for worker in workers.values():
-            worker.start()
-        working = set(workers)
-        while working:
-            # Looked at before the queue is: what a process sent before it ended is in the queue then.
-            ended = [number for number in working if not workers[number].is_alive()]
-            try:
-                number, result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
-            except Empty:
-                if ended:
-                    raise RuntimeError(
-                        f"a process that explored ended with exit code {workers[ended[0]].exitcode}, for lack of memory "
-                        "perhaps; what is done is kept: type the same command again, with hardware.explore_processes=1"
-                    ) from None
-                continue
-            if isinstance(result, str):
-                raise RuntimeError(f"a process that explored failed:\n{result}")
-            if result is None:
-                working.remove(number)
-            else:
-                yield result
-    finally:
-        for worker in workers.values():
-            if worker.is_alive():
-                worker.terminate()
-                worker.join()
-
-
-def _work(
-    config: DictConfig,
-    artifact: Artifact | None,
-    queries: Sequence[Query],
-    shared_bytes: int,
-    threads: int,
-    number: int,
-    results: "Queue[tuple[int, list[Tried] | str | None]]",
-) -> None:
-    """What one of several processes does: explores its share and sends the rollouts of each query."""
-    torch.set_num_threads(threads)
-    parent = parent_process()
-    assert parent is not None
-    try:
-        for rollouts in _explored(Run(config), artifact, queries, shared_bytes):
-            if not parent.is_alive():
-                return
-            results.put((number, rollouts))
-        results.put((number, None))
-    except Exception:
-        # Not the exception itself: not every one survives the way to another process.
-        results.put((number, traceback.format_exc()))

@@ -33,21 +33,24 @@ class TrainedMethod:
         name: The method's name in the table.
         learns_from: What it learns from, see `RouterTraining.learns_from`.
         routers: The router of each seed.
+        run: The run, with the router's settings that are the method's own.
     """
 
     name: str
     learns_from: str
     routers: Mapping[int, Artifact]
+    run: Run
 
 
-def router_rows(run: Run, trained: TrainedMethod) -> list[Row]:
+def router_rows(trained: TrainedMethod) -> list[Row]:
     """The rows of a method: of each seed's router its own row, one for each budget, and that of the largest safe budget."""
     several = len(trained.routers) > 1
     rows = []
     for position, (seed, artifact) in enumerate(trained.routers.items()):
         name = f"router-{trained.name}" + (f"-s{seed}" if several else "")
         rows += [
-            replace(row, seed=seed, timed=position == 0) for row in _seed_rows(run, name, f"router-{trained.name}", artifact)
+            replace(row, seed=seed, timed=position == 0)
+            for row in _seed_rows(trained.run, name, f"router-{trained.name}", artifact)
         ]
     return rows
 

@@ -6,18 +6,23 @@ Rows are run together, query by query: what the configurations of all rows have 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
-from dynprune.evaluation.accuracy import Sample, run_queries
+from dynprune.evaluation.accuracy import Asked, Sample, run_queries
 from dynprune.evaluation.lossless import run_lossless
 from dynprune.metrics.scores import mean_scores
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
+from dynprune.stages.processes import shared_out
 from dynprune.stages.progress import track
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest
@@ -25,6 +30,7 @@ from dynprune.stages.run import Run, digest
 VERSION = 1
 log = logging.getLogger(__name__)
 _PARTS, _PART = "samples-*.jsonl", "samples-{:05d}.jsonl"
+_SAMPLES_A_PROCESS = 250
 
 
 class Answers:
@@ -155,31 +161,36 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
             write_samples(known, folder / _PART.format(number))
             number += 1
         answers.add(done.values())
-        left = [key for key in rows_of if key not in answers.known]
-        with pruner_of(run, adapters(run) if upstream else None) as pruner:
-            results = run_queries(
-                run.slm,
-                pruner,
-                [query_of[id] for id, _ in left],
-                [layers for _, layers in left],
-                answers.drafts,
-                run.max_new_tokens(queries),
-                batch_size,
-                run.shared_bytes,
-            )
-            what = rows[0].name if len(rows) == 1 else f"{len(rows)} rows"
-            tracked = track(results, f"evaluating {what}", len(left))
+        left: dict[str, list[tuple[int, ...]]] = {}
+        for id, layers in rows_of:
+            if (id, layers) not in answers.known:
+                left.setdefault(id, []).append(layers)
+        count = sum(map(len, left.values()))
+        asked = [Asked(query_of[id], tuple(configurations), answers.drafts[id]) for id, configurations in left.items()]
+        job = partial(_generated, adapters(run) if upstream else None, run.max_new_tokens(queries))
+        # Enough of them that each process has something to do.
+        least = math.ceil(_SAMPLES_A_PROCESS * len(asked) / max(1, count))
+        what = rows[0].name if len(rows) == 1 else f"{len(rows)} rows"
+        with closing(shared_out(run, job, asked, max(1, least))) as results:
+            tracked = track(results, f"evaluating {what}", count)
             while part := list(islice(tracked, batch_size)):
                 write_samples(part, folder / _PART.format(number))
                 number += 1
                 for sample in part:
                     for row in rows_of[sample.id, sample.pruned_layers]:
                         _show(run, row, query_of[sample.id], sample, answers)
-        return {"samples": len(rows_of), "generated": len(left)}
+        return {"samples": len(rows_of), "generated": count}
 
     artifact = run.store.get_or_build(**{**identity, "stage": "generate"}, build=build, resumable=True)
     for path in sorted(artifact.folder.glob(_PARTS)):
         answers.add(_read_samples(path))
+
+
+def _generated(
+    artifact: Artifact | None, max_new_tokens: int, run: Run, asked: Sequence[Asked], shared_bytes: int
+) -> Iterator[Sample]:
+    with pruner_of(run, artifact) as pruner:
+        yield from run_queries(run.slm, pruner, asked, max_new_tokens, run.config.hardware.batch_size, shared_bytes)
 
 
 def _configuration(row: Row, query: Query) -> tuple[int, ...]:
