@@ -177,6 +177,36 @@ class Store:
         """
         return self._place(stage, fingerprint(stage, version, config, data, upstream)).exists()
 
+    def differing_in(
+        self,
+        key: str,
+        stage: str,
+        version: int,
+        config: Mapping[str, Any],
+        data: Mapping[str, Any],
+        upstream: Mapping[str, str],
+    ) -> Iterator[Path]:
+        """Folders of artifacts, complete or not, of these inputs but for one key of the configuration.
+
+        What a stage leaves there file by file can serve another artifact of the same kind.
+
+        Args:
+            key: The key.
+            stage: See `fingerprint`.
+            version: See `fingerprint`.
+            config: See `fingerprint`.
+            data: See `fingerprint`.
+            upstream: See `fingerprint`.
+
+        Raises:
+            ValueError: A value has no JSON form, or a manifest is broken.
+        """
+        wanted = (version, {**_plain(config, "config"), key: None}, _plain(data, "data"), dict(upstream))
+        for path in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
+            found = _read_json(path, ("version", "config", "data", "upstream"))
+            if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
+                yield path.parent
+
     def _place(self, stage: str, name: str) -> Path:
         return self.root / stage / name
 

@@ -331,3 +331,26 @@ def test_a_folder_that_lost_its_manifest_is_an_error(tmp_path):
     (artifact.folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         get(tmp_path, must_not_build)
+
+
+# What is there
+
+
+def test_only_a_complete_artifact_is_held_and_folders_of_like_ones_are_found(tmp_path):
+    store = Store(tmp_path)
+    assert not store.holds(**INPUTS)
+    with pytest.raises(AssertionError):
+        get(tmp_path, must_not_build)
+    assert not store.holds(**INPUTS)
+    partial = tmp_path / "explore" / f"{fingerprint(*INPUTS.values())}.partial"
+    other = INPUTS | {"config": {"strategy": "dfs", "limit": 30}}
+    assert list(store.differing_in("limit", **other)) == [partial]
+
+    complete = get(tmp_path).folder
+    assert store.holds(**INPUTS)
+    assert list(store.differing_in("limit", **other)) == [complete]
+    assert list(store.differing_in("limit", **INPUTS)) == [complete]
+    assert list(store.differing_in("strategy", **other)) == []
+    for changed in ({"version": 2}, {"data": {"name": "xlam"}}, {"upstream": {}}):
+        assert list(store.differing_in("limit", **(other | changed))) == []
+        assert not store.holds(**(INPUTS | changed))

@@ -1,15 +1,19 @@
 """All baselines together on a tiny random model: their rows, and what of it is kept."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny import composed, manifests, samples_of, table_of
+import torch
+from tiny import composed, samples_of, table_of
 
 import dynprune.stages.baselines as baselines
 from dynprune.data.rollouts import read_rollouts
-from dynprune.stages.baselines import baseline_rows
-from dynprune.stages.evaluate import evaluate
+from dynprune.data.tasks import Query
+from dynprune.evaluation.accuracy import Sample
+from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.baselines import baseline_rows, oracle_rows
 from dynprune.stages.report import report
 from dynprune.stages.run import Run
 
@@ -53,7 +57,7 @@ def configurations(folder: Path, row: str) -> dict[str, tuple[int, ...]]:
     return {sample["id"]: tuple(sample["pruned_layers"]) for sample in samples_of(folder, "run", row)}
 
 
-def test_every_baseline_has_its_rows_between_the_original_and_the_router(table):
+def test_every_baseline_has_its_rows_and_the_oracle_those_after_the_routers(table):
     assert list(table) == ["original", *NAMES, "router-dpo", *ORACLES]
     for name in NAMES:
         # Of each the size stands first among its numbers.
@@ -78,37 +82,76 @@ def test_fixed_baselines_prune_the_same_layers_for_all_queries(table, folder):
         assert set(configurations(folder, name).values()) <= {tuple(layers) for layers in json.loads(library.read_text())}
 
 
-def test_the_oracle_takes_the_best_that_the_rows_and_the_exploration_tried(table, folder):
-    chosen = configurations(folder, "oracle-0")
+def answered(row: str, layers: tuple[int, ...], right: Sequence[bool], queries: Sequence[Query]) -> list[Sample]:
+    """What a row says that prunes the same layers for all queries."""
+    return [
+        Sample(query.id, layers, f"{row} of {query.id}", (), False, {"ast_match": float(correct)})
+        for query, correct in zip(queries, right, strict=True)
+    ]
+
+
+def oracle_choices(run: Run, samples: dict[str, list[Sample]], queries: Sequence[Query]) -> dict[str, list[tuple[int, ...]]]:
+    return {row.name: [tuple(row.choose(query)) for query in queries] for row in oracle_rows(run, queries, samples)}
+
+
+def test_without_exploration_the_oracle_chooses_the_best_of_the_rows(table, folder):
+    run = tiny_run(folder, "evaluation.baselines.oracle={sizes:[0,1.5],explore:false}")
+    queries = run.queries("test", 4, "evaluation.max_queries")
+    samples = {
+        "original": answered("original", (), [True, True, True, False], queries),
+        "one": answered("one", (2,), [True, False, False, False], queries),
+        "two": answered("two", (0, 1), [False, False, True, False], queries),
+    }
+    chosen = oracle_choices(run, samples, queries)
+    # Of the right answers the one with most layers; where none is right, most layers.
+    assert chosen["oracle-0"] == [(2,), (), (0, 1), (0, 1)]
+    # Six layers in all: one right answer has to go, that of the query where it is the only loss of two layers.
+    assert sum(map(len, chosen["oracle-1.5"])) >= 6
+    right = {(sample.id, sample.pruned_layers) for said in samples.values() for sample in said if sample.scores["ast_match"]}
+    assert sum((query.id, layers) in right for query, layers in zip(queries, chosen["oracle-1.5"], strict=True)) == 2
+    reversed_rows = dict(reversed(samples.items()))
+    assert oracle_choices(run, reversed_rows, queries) == chosen
+
+
+def test_with_exploration_the_oracle_chooses_among_the_rollouts_too(table, folder):
+    run = tiny_run(folder, "evaluation.baselines.oracle.sizes=[0]")
+    queries = run.queries("test", 4, "evaluation.max_queries")
     shards = [path.parent for path in (folder / "outputs/artifacts/explore").glob("*/manifest.json")]
-    explored = [rollout for shard in shards for rollout in read_rollouts(shard) if rollout.id in chosen]
-    assert {rollout.id for rollout in explored} == set(chosen)
-    tried = [(rollout.id, rollout.score, rollout.pruned_layers) for rollout in explored]
-    for row in ["original", *NAMES, "router-dpo"]:
-        tried += [
-            (sample["id"], sample["scores"]["ast_match"], tuple(sample["pruned_layers"]))
-            for sample in samples_of(folder, "run", row)
-        ]
-    for query, layers in chosen.items():
-        best = max((score, len(pruned)) for id, score, pruned in tried if id == query)
-        assert best in {(score, len(pruned)) for id, score, pruned in tried if (id, pruned) == (query, layers)}
-    assert table["oracle-0.5"]["mean_pruned_layers"] >= 0.5
-    # Rollouts alone, or rows alone, would be fewer.
-    assert len({(id, pruned) for id, _, pruned in tried}) > len({(rollout.id, rollout.pruned_layers) for rollout in explored})
+    ids = {query.id for query in queries}
+    explored = [rollout for shard in shards for rollout in read_rollouts(shard) if rollout.id in ids]
+    deepest = {id: max(len(rollout.pruned_layers) for rollout in explored if rollout.id == id) for id in ids}
+    # No rollout is right on this model: what a row gets right is better, and else the deepest rollout is as good as any.
+    assert {rollout.id for rollout in explored} == ids
+    assert {rollout.score for rollout in explored} == {0.0}
+    samples = {"one": answered("one", (2,), [True, False, False, False], queries)}
+    [chosen] = oracle_choices(run, samples, queries).values()
+    assert chosen[0] == (2,)
+    assert [len(layers) for layers in chosen[1:]] == [deepest[query.id] for query in queries[1:]]
 
 
-def test_without_exploration_the_oracle_chooses_among_the_rows(tmp_path):
-    run = tiny_run(tmp_path, "evaluation.baselines.oracle={sizes:[1.5],explore:false}", "evaluation.static=[1,2]")
-    evaluation = evaluate(run)
-    layers = [sample.pruned_layers for sample in evaluation.samples["oracle-1.5"]]
-    assert sum(map(len, layers)) >= 1.5 * len(layers)
-    by_row = [evaluation.samples[row] for row in ("original", "static-1", "static-2", "router-dpo")]
-    assert all(
-        sample.pruned_layers in {said[i].pruned_layers for said in by_row}
-        for i, sample in enumerate(evaluation.samples["oracle-1.5"])
-    )
-    explored = {manifest["data"]["queries"] for manifest in manifests(tmp_path, "explore")}
-    assert len(evaluation.queries) not in explored
+def test_the_first_step_of_a_search_is_the_loss_with_each_layer_alone(table, folder):
+    run = tiny_run(folder, *EVERY)
+    queries = run.queries("train", run.config.evaluation.static_samples, "evaluation.static_samples")
+    # Else the mean over queries would be that over tokens.
+    assert len({len(run.tokens(query)[1]) for query in queries}) > 1
+    losses = []
+    with pruner_of(run, adapters(run)) as pruner:
+        for layer in range(4):
+            pruner.prune([layer])
+            nats, tokens = 0.0, 0
+            for query in queries:
+                prompt, answer = run.tokens(query)
+                target = torch.tensor([*answer, run.slm.tokenizer.eos_token_id])
+                logits = run.slm.model(input_ids=torch.tensor([[*prompt, *target]]), use_cache=False).logits[
+                    0, len(prompt) - 1 : -1
+                ]
+                nats += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+                tokens += len(target)
+            losses.append(nats / tokens)
+    [path] = [path for path in (folder / "outputs/artifacts/static").glob("*/sets.json") if "2" in json.loads(path.read_text())]
+    found = json.loads(path.read_text())["1"]
+    assert found["layers"] == [losses.index(min(losses))]
+    assert found["nats_per_token"] == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_the_same_rows_again_are_made_from_what_is_there(table, folder):

@@ -317,7 +317,11 @@ def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
         ),
         (
             ["+evaluation.router_settings.dpo.input=none"],
-            "router_settings.dpo.input is no key of the group router; allowed:",
+            "router_settings.dpo: Key 'input' is not in struct; allowed:",
+        ),
+        (
+            ["+evaluation.router_settings.dpo=none"],
+            "router_settings.dpo=none is no settings; allowed: keys of the group router",
         ),
         (["evaluation.budget_rule=median"], "evaluation.budget_rule='median' is unknown; allowed: same, mean"),
         (["evaluation.static_candidates=1"], "evaluation.static_candidates=1 is fewer than the 2 layers"),

@@ -112,9 +112,14 @@ def test_rows_that_are_stopped_go_on_where_they_were(tmp_path, generated, monkey
     assert len(first) - len(queries) - len(kept) <= 3
     assert kept
 
+    # Whichever rows the table has when it goes on.
     monkeypatch.setattr(samples_stage, "run_queries", counted)
     generated.clear()
+    run_rows(run, [*ROWS[:2], CHANGED, ROWS[3]], Answers(run, queries))
+    assert not set(generated) & set(kept)
+    assert (queries[0].id, (3,)) in generated
     said = run_rows(run, ROWS, Answers(run, queries))
+    assert len(set(generated)) == len(generated)
     assert not set(generated) & set(kept)
     undisturbed = tiny_run(tmp_path / "undisturbed")
     assert said == run_rows(undisturbed, ROWS, Answers(undisturbed, queries))
@@ -140,3 +145,29 @@ def test_a_stop_between_two_rows_loses_nothing(tmp_path, generated, monkeypatch)
     said = run_rows(run, ROWS, Answers(run, queries))
     assert generated == []
     assert [sample.pruned_layers for sample in said["fixed-2"]] == [(0, 2)] * len(queries)
+
+
+def test_mistakes_are_said_before_anything_is_left_behind(tmp_path):
+    for override, layers, sentence in (
+        ("hardware.batch_size=0", 2, r"hardware\.batch_size=0 leaves no row"),
+        ("hardware.shared_gib=-1", 2, r"hardware\.shared_gib=-1 is negative"),
+        ("hardware.batch_size=1", 40, "has layers 0 to 3, but"),
+    ):
+        run = tiny_run(tmp_path, override)
+        row = Row("wrong", lambda query, layers=layers: (layers,), f"[{layers}]")
+        with pytest.raises(ValueError, match=sentence):
+            run_rows(run, [row], Answers(run, asked_of(run)))
+    assert not [path for path in (tmp_path / "generate").glob("*") if path.suffix == ""]
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(tmp_path, monkeypatch, caplog):
+    said = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        run = tiny_run(folder, f"hardware.processes={processes}", "model.dtype=float32")
+        monkeypatch.setattr(samples_stage, "_SAMPLES_A_PROCESS", 2)
+        with caplog.at_level("INFO"):
+            said.append(run_rows(run, ROWS, Answers(run, asked_of(run))))
+        assert ("sharing the work out to 2 processes" in caplog.text) == (processes == 2)
+    assert said[0] == said[1]

@@ -37,7 +37,8 @@ def oracle(rollouts: Sequence[Sequence[Rollout]], mean_layers: float) -> list[Ro
     if fewest > deepest:
         raise ValueError(
             f"evaluation.baselines.oracle.sizes asks for {mean_layers:g} layers on average, but what was tried on the test "
-            f"queries prunes {deepest / len(rollouts):g} at most; ask for less, or explore deeper, for example "
+            f"queries prunes {deepest / len(rollouts):g} at most; ask for less, add rows that prune more, such as "
+            "evaluation.static=[2,4,8], or explore deeper, for example evaluation.baselines.oracle.explore=true "
             "exploration.max_configurations=40"
         )
     # score[t] is the highest sum of scores with t layers pruned in all, over the queries so far.

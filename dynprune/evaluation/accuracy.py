@@ -1,4 +1,4 @@
-"""Running test queries, each under its configuration, and scoring what the SLM says."""
+"""Running queries, each under one configuration or several, and scoring what the SLM says."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +69,7 @@ def run_queries(
         pruner: Its pruner, entered.
         asked: The queries and their configurations.
         max_new_tokens: Limit of each output, stop token included.
-        batch_size: Rows generated together.
+        batch_size: Outputs generated together.
         shared_bytes: Memory for what configurations of the same query share.
 
     Yields:

@@ -88,8 +88,7 @@ class GenerationQueue:
         Raises:
             ValueError: If the batch size is below 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"hardware.batch_size={batch_size} leaves no row; allowed: at least 1")
+        check_batch_size(batch_size)
         self._slm = slm
         self._pruner = pruner
         self._batch_size = batch_size
@@ -139,6 +138,16 @@ class GenerationQueue:
             _Row(key, request, choices_L, key_values)
             for (key, request), choices_L, key_values in zip(requests.items(), choices_BL, states, strict=True)
         ]
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Checks how many rows are generated together.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"hardware.batch_size={batch_size} leaves no row; allowed: at least 1")
 
 
 def generate_all(

@@ -54,6 +54,16 @@ class _Node:
         return self.output_Td.nbytes + (own.keys.nbytes + own.values.nbytes if own else 0)
 
 
+def check_capacity(capacity: int) -> None:
+    """Checks the memory for what prompts share.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    if capacity < 0:
+        raise ValueError(f"hardware.shared_gib={capacity / 2**30:g} is negative; allowed: 0, which shares nothing, or more")
+
+
 class PromptStates:
     """Keeps what prompts' layers made, up to some memory; what was used longest ago goes first.
 
@@ -70,8 +80,7 @@ class PromptStates:
         Raises:
             ValueError: If it is negative.
         """
-        if capacity < 0:
-            raise ValueError(f"hardware.shared_gib={capacity / 2**30:g} is negative; allowed: 0, which shares nothing, or more")
+        check_capacity(capacity)
         self._capacity = capacity
         self._nodes: OrderedDict[tuple[Prompt, Choices], _Node] = OrderedDict()
         self.held_bytes = 0

@@ -115,7 +115,7 @@ def _searched(
     queries = run.queries("train", run.config.evaluation.static_samples, "evaluation.static_samples")
 
     def build(folder: Path) -> dict[str, Any]:
-        # Each has the SLM for itself.
+        # Not inside: a pruner has the SLM for itself.
         _alone(run)
         with pruner_of(run, adapters(run)) as pruner:
             found = search(pruner, queries)
@@ -156,9 +156,12 @@ def _nats_alone(run: Run, queries: Sequence[Query]) -> list[float]:
 def _alone(run: Run) -> Artifact:
     """Measures the loss of train queries with each layer pruned alone, in nats a token: the first step of every search."""
     settings = run.config.evaluation
-    searched = [run.queries("train", settings.static_samples, "evaluation.static_samples")]
+    searched = []
+    if settings.static or _sizes(run, "static_accuracy"):
+        searched.append(run.queries("train", settings.static_samples, "evaluation.static_samples"))
     if _library_sizes(run):
         searched.append(_library_queries(run))
+    # All are the first queries of the split.
     queries = max(searched, key=len)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -296,7 +299,7 @@ def _library(run: Run) -> Artifact:
     def build(folder: Path) -> dict[str, Any]:
         _, group_Q = cluster(_embeddings(run, queries), groups, seed, "evaluation.baselines.library.groups")
         numbers = sorted(set(group_Q.tolist()))
-        # Each has the SLM for itself.
+        # Not inside: a pruner has the SLM for itself.
         _alone(run)
         with pruner_of(run, adapters(run)) as pruner:
             for number in track(numbers, "searching the library of sets", len(numbers)):

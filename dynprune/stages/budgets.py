@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dynprune.baselines.static_search import check_candidates
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
@@ -89,8 +90,13 @@ def _check_router_settings(config: DictConfig) -> None:
         key = f"evaluation.router_settings.{name}"
         if name not in names:
             raise ValueError(f"{key} is about no router of the table; allowed: {', '.join(names)}")
-        if unknown := sorted(set(own) - set(config.router)):
-            raise ValueError(f"{key}.{unknown[0]} is no key of the group router; allowed: {', '.join(config.router)}")
+        if not isinstance(own, DictConfig):
+            raise ValueError(f"{key}={own} is no settings; allowed: keys of the group router, for example {key}.inputs=none")
+        try:
+            OmegaConf.merge(config.router, own)
+        except OmegaConfBaseException as error:
+            # Its first line; the others are about the configuration's types.
+            raise ValueError(f"{key}: {str(error).splitlines()[0]}; allowed: keys of the group router") from None
 
 
 def headline_of(run: Run, evaluation: Evaluation, table: Sequence[TableRow], curves: Mapping[str, BudgetCurve]) -> Headline:

@@ -54,19 +54,19 @@ def evaluate(run: Run) -> Evaluation:
     """Runs all rows of the configuration."""
     queries = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
     methods = train_routers(run)
-    rows = _rows(run, methods)
     answers = Answers(run, queries)
+    rows = _rows(run, methods)
     samples = run_rows(run, rows, answers)
-    if run.config.evaluation.pruned_layers is None:
-        tried = {row.name: samples[row.name] for row in rows if row.drafting is None}
-        oracles = list(oracle_rows(run, queries, tried))
-        rows += oracles
-        samples |= run_rows(run, oracles, answers)
+    # These depend on the others: on what they said, and on what they choose.
+    oracles = list(oracle_rows(run, queries, samples)) if run.config.evaluation.pruned_layers is None else []
+    samples |= run_rows(run, oracles, answers)
+    rows += oracles
+    lossless = lossless_rows(run, rows)
+    samples |= run_rows(run, lossless, answers)
+    rows += lossless
     with LayerPruner(run.slm) as pruner:
         differences = {
-            row.name: count_differences(run.slm, pruner, queries, samples[row.name], samples["original"])
-            for row in rows
-            if row.drafting is not None
+            row.name: count_differences(run.slm, pruner, queries, samples[row.name], samples["original"]) for row in lossless
         }
     for row, said in _under_other_adapters(run, queries, samples["original"]):
         rows.append(row)
@@ -107,10 +107,8 @@ def _rows(run: Run, methods: Sequence[TrainedMethod]) -> list[Row]:
     settings = run.config.evaluation
     if settings.pruned_layers is not None:
         layers = sorted(set(settings.pruned_layers))
-        rows = [ORIGINAL, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
-    else:
-        rows = [ORIGINAL, *baseline_rows(run), *(row for method in methods for row in router_rows(method))]
-    return [*rows, *lossless_rows(run, rows)]
+        return [ORIGINAL, Row(f"fixed-{len(layers)}", lambda query: layers, str(layers))]
+    return [ORIGINAL, *baseline_rows(run), *router_rows(run, methods)]
 
 
 def _under_other_adapters(
@@ -123,6 +121,9 @@ def _under_other_adapters(
     for name, adapter in settings.adapter_ablation.adapters.items():
         config = run.config.copy()
         config.adapter, config.evaluation.static = adapter, settings.adapter_ablation.sizes
+        for baseline in config.evaluation.baselines.values():
+            if "sizes" in baseline:
+                baseline.sizes = []
         other = run.with_changes(config)
         rows = [replace(row, name=f"{row.name}-{name}", curve=None, timed=False) for row in static_rows(other)]
         samples = run_rows(other, rows, Answers(other, queries, originals))

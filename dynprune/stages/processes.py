@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig
 
+from dynprune.slm.generation import check_batch_size
+from dynprune.slm.prompt_states import check_capacity
 from dynprune.stages.run import Run, portable_config
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,12 @@ def shared_out(run: Run, job: Job[Item, Result], items: Sequence[Item], least: i
         The results, in the order in which they come.
 
     Raises:
+        ValueError: If a batch would have no rows, or memory is negative.
         RuntimeError: If one of the processes fails or dies.
     """
+    # Mistakes are said here, in a sentence, not by each process.
+    check_batch_size(run.config.hardware.batch_size)
+    check_capacity(run.shared_bytes)
     processes = min(run.config.hardware.processes, len(items) // least)
     if processes < 2:
         yield from job(run, items, run.shared_bytes)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -42,35 +42,41 @@ class TrainedMethod:
     run: Run
 
 
-def router_rows(trained: TrainedMethod) -> list[Row]:
-    """The rows of a method: of each seed's router its own row, one for each budget, and that of the largest safe budget."""
-    several = len(trained.routers) > 1
+def router_rows(run: Run, methods: Sequence[TrainedMethod]) -> list[Row]:
+    """The rows of all methods: of each seed's router its own row, one for each budget, and that of the largest safe budget."""
+    groups = [
+        _budget_rows(method, seed, artifact, position == 0)
+        for method in methods
+        for position, (seed, artifact) in enumerate(method.routers.items())
+    ]
+    settings = run.config.evaluation.guarantee
+    if settings.loss is None:
+        return [row for group in groups for row in group]
+    lost = _lost(run, [row for _, *budgets in groups for row in budgets])
     rows = []
-    for position, (seed, artifact) in enumerate(trained.routers.items()):
-        name = f"router-{trained.name}" + (f"-s{seed}" if several else "")
-        rows += [
-            replace(row, seed=seed, timed=position == 0)
-            for row in _seed_rows(trained.run, name, f"router-{trained.name}", artifact)
-        ]
+    for own, *budgets in groups:
+        safe = last_controlled([(row, lost[row.name]) for row in budgets], settings.loss, settings.confidence)
+        log.info("%s: the largest safe budget is that of %s", own.name, safe.name if safe else "no row, so the full SLM runs")
+        chosen = safe or replace(ORIGINAL, seed=own.seed, timed=own.timed)
+        rows += [own, *budgets, replace(chosen, name=f"{own.name}@safe", curve=None)]
     return rows
 
 
-def _seed_rows(run: Run, name: str, curve: str, artifact: Artifact) -> list[Row]:
-    settings = run.config.evaluation
+def _budget_rows(method: TrainedMethod, seed: int, artifact: Artifact, timed: bool) -> list[Row]:
+    """A router's own row, and one for each budget, the smallest first."""
+    run = method.run
+    curve = f"router-{method.name}"
+    name = curve + (f"-s{seed}" if len(method.routers) > 1 else "")
     trained = trained_router(run, artifact)
-    own = Row(name, trained.chooser(), artifact.fingerprint, router_layers(run))
+    own = Row(name, trained.chooser(), artifact.fingerprint, router_layers(run), seed=seed, timed=timed)
 
     @cache
     def log_p_count() -> torch.Tensor:
         explored, _ = validation_queries(run)
         return torch.cat([trained.policy.log_p_count(trained.outputs(query)) for query in explored])
 
-    budgets = [replace(_budget_row(run, own, trained, budget, log_p_count), curve=curve) for budget in sorted(settings.budgets)]
-    if settings.guarantee.loss is None:
-        return [own, *budgets]
-    safe = last_controlled(_lost(run, budgets), settings.guarantee.loss, settings.guarantee.confidence)
-    log.info("%s: the largest safe budget is that of %s", name, safe.name if safe else "no row, so the full SLM runs")
-    return [own, *budgets, replace(safe or ORIGINAL, name=f"{name}@safe", curve=None)]
+    budgets = sorted(run.config.evaluation.budgets)
+    return [own, *(replace(_budget_row(run, own, trained, budget, log_p_count), curve=curve) for budget in budgets)]
 
 
 def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float, log_p_count: Callable[[], torch.Tensor]) -> Row:
@@ -87,7 +93,8 @@ def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float, log_p
     if not 0 <= layers <= trained.policy.k_max:
         raise ValueError(
             f"evaluation.budgets: a nominal speedup of {budget:g} needs {layers:g} pruned layers, the router's cost included, "
-            f"but {own.name} prunes 0 to {trained.policy.k_max}; lower the budget, or raise router.k_max"
+            f"but {own.name} prunes 0 to {trained.policy.k_max}; lower the budget, or raise router.k_max "
+            "(of its own settings in evaluation.router_settings, if it has any)"
         )
     if run.config.evaluation.budget_rule == "same":
         # At least the speedup that is asked for; the slack is for products such as 0.1 · 30.
@@ -99,8 +106,8 @@ def _budget_row(run: Run, own: Row, trained: TrainedRouter, budget: float, log_p
     return replace(own, name=f"{own.name}@{budget:g}", choose=trained.chooser(count), origin=f"{own.origin} {told}")
 
 
-def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
-    """Which held-back queries the full SLM gets right and a row wrong."""
+def _lost(run: Run, rows: Sequence[Row]) -> dict[str, list[bool]]:
+    """By row, which held-back queries the full SLM gets right and the row wrong."""
     _, held_back = validation_queries(run)
     settings = run.config.evaluation.guarantee
     if len(held_back) < (fewest := fewest_queries(settings.loss, settings.confidence)):
@@ -110,9 +117,12 @@ def _lost(run: Run, rows: Sequence[Row]) -> Iterator[tuple[Row, list[bool]]]:
             "lower exploration.max_validation_queries, raise data.splits.validation, or allow a larger loss"
         )
     samples = run_rows(run, [ORIGINAL, *rows], held_back_answers(run))
-    for row in rows:
+
+    def lost(row: Row) -> list[bool]:
         pairs = zip(samples["original"], samples[row.name], strict=True)
-        yield row, [full.scores[RIGHT_BY] == 1 and pruned.scores[RIGHT_BY] < 1 for full, pruned in pairs]
+        return [full.scores[RIGHT_BY] == 1 and pruned.scores[RIGHT_BY] < 1 for full, pruned in pairs]
+
+    return {row.name: lost(row) for row in rows}
 
 
 @once_a_run

@@ -53,9 +53,9 @@ class Run:
         self.made: dict[tuple[str, ...], Any] = {}
 
     def with_changes(self, config: DictConfig) -> "Run":
-        """A run of another configuration of the same SLM and data; what is loaded already is shared."""
+        """A run of another configuration of the same SLM and data, which it shares with this one."""
         other = Run(config)
-        vars(other).update({name: vars(self)[name] for name in ("slm", "splits", "model_identity") if name in vars(self)})
+        vars(other).update(slm=self.slm, splits=self.splits, model_identity=self.model_identity)
         return other
 
     @cached_property

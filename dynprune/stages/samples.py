@@ -1,6 +1,7 @@
 """Running the rows of the table on some queries; what each answered is an artifact.
 
-Rows are run together, query by query: what the configurations of all rows have in common is computed once.
+Rows whose configurations are known are run together, query by query: what the configurations have in common is computed once.
+Lossless rows are run one by one, each query for itself.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Asked, Sample, run_queries
 from dynprune.evaluation.lossless import run_lossless
 from dynprune.metrics.scores import mean_scores
+from dynprune.slm.pruning import configuration_mask
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.processes import shared_out
 from dynprune.stages.progress import track
@@ -40,6 +42,7 @@ class Answers:
         queries: The queries of the table.
         drafts: By query id, outputs that may well come again, the likeliest first.
         known: The samples by query id and configuration.
+        chosen: The rows' configurations, query by query, by the rows' names.
         shown: Names of rows and ids of queries whose samples the log has shown.
     """
 
@@ -54,8 +57,15 @@ class Answers:
         self.queries = queries
         self.drafts: Mapping[str, tuple[tuple[int, ...], ...]] = {query.id: (run.tokens(query)[1],) for query in queries}
         self.known: dict[tuple[str, tuple[int, ...]], Sample] = {}
+        self.chosen: dict[str, list[tuple[int, ...]]] = {}
         self.shown: set[tuple[str, str]] = set()
         self.add(originals)
+
+    def configurations(self, row: Row) -> list[tuple[int, ...]]:
+        """What a row chooses for each query; it is asked once, since choosing may cost a pass of a router."""
+        if row.name not in self.chosen:
+            self.chosen[row.name] = [tuple(sorted(row.choose(query))) for query in self.queries]
+        return self.chosen[row.name]
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Takes on what the SLM said under the samples' configurations."""
@@ -85,9 +95,10 @@ def run_rows(run: Run, rows: Sequence[Row], answers: Answers) -> dict[str, list[
     for group in (original, others):
         there = [row for row in group if run.store.holds(**_identity(run, row, answers.queries))]
         samples |= {row.name: _read_row(run, row, answers) for row in there}
-        if len(there) < len(group):
-            _generate(run, group, answers)
-            samples |= {row.name: _read_row(run, row, answers) for row in group if row.name not in samples}
+        missing = [row for row in group if row.name not in samples]
+        if missing:
+            _generate(run, missing, answers)
+            samples |= {row.name: _read_row(run, row, answers) for row in missing}
     samples |= {row.name: _read_row(run, row, answers) for row in lossless}
     return {row.name: samples[row.name] for row in rows}
 
@@ -124,12 +135,13 @@ def _read_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
 
 
 def _answered(row: Row, answers: Answers) -> list[Sample]:
-    return [answers.known[query.id, _configuration(row, query)] for query in answers.queries]
+    chosen = zip(answers.queries, answers.configurations(row), strict=True)
+    return [answers.known[query.id, configuration] for query, configuration in chosen]
 
 
 def _run_lossless(run: Run, row: Row, answers: Answers) -> Iterator[Sample]:
     assert row.drafting is not None
-    configurations = [_configuration(row, query) for query in answers.queries]
+    configurations = answers.configurations(row)
     limit = run.max_new_tokens(answers.queries)
     with pruner_of(run, adapters(run)) as pruner:
         results = run_lossless(run.slm, pruner, answers.queries, configurations, limit, row.drafting)
@@ -143,24 +155,25 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
     """Generates what rows choose and nobody has said yet, all of it together; it goes on where it was stopped."""
     queries = answers.queries
     rows_of: dict[tuple[str, tuple[int, ...]], list[Row]] = {}
-    for query in queries:
-        for row in rows:
-            rows_of.setdefault((query.id, _configuration(row, query)), []).append(row)
+    for query, *configurations in zip(queries, *(answers.configurations(row) for row in rows), strict=True):
+        for row, configuration in zip(rows, configurations, strict=True):
+            rows_of.setdefault((query.id, configuration), []).append(row)
     query_of = {query.id: query for query in queries}
-    batch_size = run.config.hardware.batch_size
-    identity = _identity(run, rows[0], queries)
+    identity = {**_identity(run, rows[0], queries), "stage": "generate"}
     upstream = identity["upstream"]
-    # Of all rows, those that are there included: then it is the same when a run goes on that was stopped between two rows.
-    identity["config"]["origin"] = hashlib.sha256(json.dumps(list(rows_of)).encode()).hexdigest()
+    identity["config"]["origin"] = hashlib.sha256(json.dumps(sorted(rows_of)).encode()).hexdigest()
+    # Whatever was generated for other rows too, those of a run that was stopped included.
+    for folder in run.store.differing_in("origin", **identity):
+        answers.add(_read_parts(folder))
+    # What is no configuration of the SLM is said here, not by each process.
+    configuration_mask(run.slm, [layers for _, layers in rows_of])
 
     def build(folder: Path) -> dict[str, Any]:
-        parts = [_read_samples(path) for path in sorted(folder.glob(_PARTS))]
-        done = {(sample.id, sample.pruned_layers): sample for part in parts for sample in part}
-        number = len(parts)
-        if known := [answers.known[key] for key in rows_of if key in answers.known and key not in done]:
+        number = len(list(folder.glob(_PARTS)))
+        kept = {(sample.id, sample.pruned_layers) for sample in _read_parts(folder)}
+        if known := [answers.known[key] for key in rows_of if key in answers.known and key not in kept]:
             write_samples(known, folder / _PART.format(number))
             number += 1
-        answers.add(done.values())
         left: dict[str, list[tuple[int, ...]]] = {}
         for id, layers in rows_of:
             if (id, layers) not in answers.known:
@@ -168,22 +181,22 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
         count = sum(map(len, left.values()))
         asked = [Asked(query_of[id], tuple(configurations), answers.drafts[id]) for id, configurations in left.items()]
         job = partial(_generated, adapters(run) if upstream else None, run.max_new_tokens(queries))
-        # Enough of them that each process has something to do.
-        least = math.ceil(_SAMPLES_A_PROCESS * len(asked) / max(1, count))
+        least = max(1, math.ceil(_SAMPLES_A_PROCESS * len(asked) / max(1, count)))
         what = rows[0].name if len(rows) == 1 else f"{len(rows)} rows"
-        with closing(shared_out(run, job, asked, max(1, least))) as results:
+        generated = 0
+        with closing(shared_out(run, job, asked, least)) as results:
             tracked = track(results, f"evaluating {what}", count)
-            while part := list(islice(tracked, batch_size)):
+            while part := list(islice(tracked, run.config.hardware.batch_size)):
                 write_samples(part, folder / _PART.format(number))
                 number += 1
+                generated += len(part)
                 for sample in part:
                     for row in rows_of[sample.id, sample.pruned_layers]:
                         _show(run, row, query_of[sample.id], sample, answers)
+        assert generated == count, "every configuration of every query gives a sample"
         return {"samples": len(rows_of), "generated": count}
 
-    artifact = run.store.get_or_build(**{**identity, "stage": "generate"}, build=build, resumable=True)
-    for path in sorted(artifact.folder.glob(_PARTS)):
-        answers.add(_read_samples(path))
+    answers.add(_read_parts(run.store.get_or_build(**identity, build=build, resumable=True).folder))
 
 
 def _generated(
@@ -191,10 +204,6 @@ def _generated(
 ) -> Iterator[Sample]:
     with pruner_of(run, artifact) as pruner:
         yield from run_queries(run.slm, pruner, asked, max_new_tokens, run.config.hardware.batch_size, shared_bytes)
-
-
-def _configuration(row: Row, query: Query) -> tuple[int, ...]:
-    return tuple(sorted(row.choose(query)))
 
 
 def write_samples(samples: Sequence[Sample], target: Path) -> None:
@@ -209,6 +218,10 @@ def _read_samples(path: Path) -> list[Sample]:
         record["pruned_layers"] = tuple(record["pruned_layers"])
         record["token_ids"] = tuple(record["token_ids"])
     return [Sample(**record) for record in records]
+
+
+def _read_parts(folder: Path) -> list[Sample]:
+    return [sample for path in sorted(folder.glob(_PARTS)) for sample in _read_samples(path)]
 
 
 def _show(run: Run, row: Row, query: Query, sample: Sample, answers: Answers) -> None:
