@@ -1,7 +1,7 @@
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ from dynprune.data.prompts import answer_tokens, prompt_tokens, render_answer, r
 from dynprune.data.rollouts import Likelihood, Rollout
 from dynprune.data.tasks import Query
 from dynprune.exploration.beam import BeamSearch
-from dynprune.exploration.engine import explore
+from dynprune.exploration.engine import Step, explore
 from dynprune.exploration.mcts import MonteCarloTreeSearch
 from dynprune.exploration.random_search import RandomSearch
 from dynprune.exploration.strategy import Estimate, Generate
@@ -49,9 +49,14 @@ def run(
     slm, n: int, strategy, batch_size: int, seed: int = 0, shared_bytes: int = 1 << 20, estimate_all: bool = False
 ) -> dict[str, list]:
     with LayerPruner(slm, random_adapters()) as pruner:
-        found = list(
+        steps = list(
             explore(slm, pruner, queries(n), strategy, length_score, None, 0.25, batch_size, shared_bytes, seed, estimate_all)
         )
+    return ended(steps)
+
+
+def ended(steps: Iterable[Step]) -> dict[str, list]:
+    found = [step.ended for step in steps if step.ended is not None]
     assert all(len({rollout.id for rollout in rollouts}) == 1 for rollouts in found)
     return {rollouts[0].id: rollouts for rollouts in found}
 
@@ -119,7 +124,7 @@ def test_outputs_are_cut_where_the_score_is_certain_and_the_scores_do_not_change
     slm, strategy = make_slm(), RandomSearch(configurations_per_size=4, stop_below=-1, first_excluded=0, last_excluded=0)
     with LayerPruner(slm, random_adapters()) as pruner:
         whole, cut = (
-            {r.id + str(r.pruned_layers): r for found in results for r in found}
+            {r.id + str(r.pruned_layers): r for step in results for r in step.ended or ()}
             for results in (
                 explore(slm, pruner, queries(6), strategy, score, rule, 0.5, 8, 1 << 20, 0) for rule in (None, lost)
             )
@@ -292,3 +297,21 @@ def test_thousands_of_random_configurations_say_what_plain_generation_says(make_
     for rollout in rollouts:
         want = generated(slm, random_adapters(), by_id[rollout.id], rollout.pruned_layers, limits[rollout.id])
         assert rollout.output == want, rollout
+
+
+@pytest.mark.parametrize("estimate_all", [False, True])
+@pytest.mark.parametrize("stop_after", [1, 9, 25, 1000])
+def test_an_exploration_that_was_stopped_anywhere_goes_on_with_what_it_had_found(make_slm, stop_after, estimate_all):
+    slm, strategy = make_slm(), Alternating()
+    arguments = (queries(4), strategy, length_score, None, 0.25, 3, 1 << 20, 0, estimate_all)
+    whole = run(slm, 4, strategy, 3, estimate_all=estimate_all)
+    with LayerPruner(slm, random_adapters()) as pruner:
+        first = [one for step in itertools.islice(explore(slm, pruner, *arguments), stop_after) for one in step.new]
+        steps = list(explore(slm, pruner, *arguments, earlier=first))
+    then = [one for step in steps for one in step.new]
+    assert ended(steps) == whole
+    # Each configuration generated once and estimated once, whichever attempt did it.
+    kinds = [(one.id, one.pruned_layers, type(one)) for one in [*first, *then]]
+    assert len(set(kinds)) == len(kinds)
+    assert len(kinds) == sum(isinstance(one, Rollout) + (one.nats_per_token is not None) for r in whole.values() for one in r)
+    assert (then == []) == (stop_after == 1000)

@@ -10,6 +10,7 @@ import pytest
 
 from dynprune.data.filtering import keep_successful
 from dynprune.data.rollouts import (
+    Journal,
     Likelihood,
     Rollout,
     RolloutWriter,
@@ -358,3 +359,25 @@ def test_shards_are_read_in_the_order_of_their_places_not_of_their_writing(tmp_p
     assert list(dict.fromkeys(rollout.id for rollout in read_rollouts(tmp_path))) == ["a", "b", "c", "d", "e"]
     with pytest.raises(ValueError, match="at the same time"):
         writer.append(rollouts_of("f"), 7)
+
+
+def test_a_journal_keeps_what_searches_in_flight_found_but_for_a_torn_line_and_what_is_complete(tmp_path):
+    found = [
+        Rollout("a", (1, 2), 0.5, 'says "é\u2028"\n', True),
+        Likelihood("b", (), 1.25),
+        Rollout("b", (), 1.0, "", False, 1.25),
+    ]
+    journal = Journal(tmp_path, completed_ids=())
+    assert journal.found == []
+    journal.append(found[:2])
+    journal.append(found[2:])
+    with (tmp_path / "in-flight.jsonl").open("a") as file:
+        file.write('{"id": "b", "pruned_lay')
+    again = Journal(tmp_path, completed_ids=())
+    assert again.found == found
+    again.append(found[:1])
+    assert Journal(tmp_path, completed_ids=()).found == [*found, found[0]]
+    assert Journal(tmp_path, completed_ids={"a"}).found == found[1:]
+    assert Journal(tmp_path, completed_ids=()).found == found[1:]
+    again.remove()
+    assert list(tmp_path.iterdir()) == []

@@ -142,7 +142,7 @@ class Task:
                 self.shared_bytes,
                 seed=0,
             )
-            return [rollout for rollouts in found for rollout in rollouts if isinstance(rollout, Rollout)]
+            return [rollout for step in found for rollout in step.ended or () if isinstance(rollout, Rollout)]
 
     def limit(self, query: Query) -> int:
         """Most tokens of an answer to a query, as in the search."""

@@ -1,7 +1,8 @@
-"""Rollouts on disk: parquet shards that are appended as the queries' searches end.
+"""Rollouts on disk: parquet shards that are appended as the queries' searches end, and a journal of the searches in flight.
 
 A shard holds all rollouts of some queries, a query's rows one after another, and it is there as a whole or
-not at all. So a query is complete or absent, and a run that is killed loses only the queries in flight.
+not at all. So a query is complete or absent. What searches in flight have found stands in the journal, so a
+run that is killed loses no more than what it was about to find.
 Columns, as in the thesis: id, pruned_layers, score, output; whether the output was cut; and nats_per_token,
 null where the dense reward was not asked for. A configuration that was only estimated has a row as well,
 without score, output and cut: there are many more of these, and a likelihood is worth learning from as much
@@ -10,11 +11,12 @@ that has a dense reward. The number of layers and the score's name stand in each
 """
 
 import itertools
+import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ from dynprune.atomic import replacing
 from dynprune.data.parquet import Header, header_of, open_parquet, with_header
 
 _SHARDS = "rollouts-*.parquet"
+_JOURNAL = "in-flight.jsonl"
 _SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -149,6 +152,49 @@ class RolloutWriter:
             pq.write_table(table, temporary, write_page_checksum=True)
         self._next = max(self._next, number + 1)
         self.completed_ids.update(ids)
+
+
+class Journal:
+    """What the searches in flight have found, a JSON object a line, for the attempt after this one.
+
+    Attributes:
+        found: What an earlier attempt found for queries that are not complete, in the order in which it came.
+    """
+
+    def __init__(self, folder: Path, completed_ids: Collection[str]) -> None:
+        """Read what is there, and write it anew without what is complete and without a line that a kill has torn.
+
+        Args:
+            folder: A folder that `RolloutWriter` writes.
+            completed_ids: The queries whose rollouts are in its shards.
+        """
+        self._path = folder / _JOURNAL
+        self.found: list[Tried] = []
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").split("\n")
+            # Behind the last line's end there is nothing, or the beginning of a line.
+            found = [_of_record(json.loads(line)) for line in lines[:-1]]
+            self.found = [one for one in found if one.id not in completed_ids]
+        with replacing(self._path) as path:
+            path.write_text("".join(map(_line, self.found)), encoding="utf-8")
+
+    def append(self, tried: Iterable[Tried]) -> None:
+        """Write down what a search in flight has found."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, tried)))
+
+    def remove(self) -> None:
+        """Take the journal away; the searches have all ended."""
+        self._path.unlink()
+
+
+def _line(tried: Tried) -> str:
+    return json.dumps(asdict(tried)) + "\n"
+
+
+def _of_record(record: dict[str, Any]) -> Tried:
+    record["pruned_layers"] = tuple(record["pruned_layers"])
+    return Rollout(**record) if "score" in record else Likelihood(**record)
 
 
 def completed_ids(folder: Path) -> set[str]:

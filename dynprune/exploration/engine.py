@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -47,6 +47,8 @@ class _Search:
         proposals: The search.
         drafts: How often each output was generated.
         pending: What was proposed last; ``None`` where the search has ended.
+        earlier: What an earlier attempt at this search generated, by configuration.
+        earlier_nats: What it estimated, in nats a token.
         outputs: Rollouts of the configurations that were proposed last.
         tried: All that is known of each configuration, in the order in which they were proposed first.
     """
@@ -58,8 +60,24 @@ class _Search:
     proposals: Proposals
     drafts: Counter[tuple[int, ...]]
     pending: Proposal | None
+    earlier: Mapping[Configuration, Rollout]
+    earlier_nats: Mapping[Configuration, float]
     outputs: dict[Configuration, Rollout] = field(default_factory=dict)
     tried: dict[Configuration, Tried] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an exploration has found since its last step.
+
+    Attributes:
+        new: Rollouts, and estimates, which may be of the same configurations.
+        ended: All that a search found that has ended, in its own order: a rollout with its estimate, if there is one, or an
+            estimate alone; ``None`` where none has ended.
+    """
+
+    new: list[Tried]
+    ended: list[Tried] | None = None
 
 
 def explore(
@@ -74,7 +92,8 @@ def explore(
     shared_bytes: int,
     seed: int,
     estimate_all: bool = False,
-) -> Iterator[list[Tried]]:
+    earlier: Sequence[Tried] = (),
+) -> Iterator[Step]:
     """Searches configurations for each query.
 
     Args:
@@ -90,27 +109,27 @@ def explore(
         shared_bytes: Memory for what configurations of one query share.
         seed: Seed of the searches; each query's search depends on it and on the query's id alone.
         estimate_all: Whether whatever the strategy generates gets a dense reward beside its score.
+        earlier: What was new in the steps of an earlier attempt: it is neither generated nor estimated again, nor new again.
 
     Yields:
-        All rollouts of one query, and the likelihoods of configurations that were estimated only, as soon as its search ends;
-        not in the order of the queries.
+        What was found, as it is found; the searches do not end in the order of the queries.
     """
+    earlier_of: dict[str, list[Tried]] = {}
+    for one in earlier:
+        earlier_of.setdefault(one.id, []).append(one)
 
     def start(query: Query) -> _Search:
-        return _start(slm, query, strategy, max_tokens_margin, seed, estimate_all)
+        return _start(slm, query, strategy, max_tokens_margin, seed, estimate_all, earlier_of.get(query.id, []))
 
     queue = GenerationQueue(slm, pruner, batch_size, PromptStates(shared_bytes))
     engine = _Engine(slm, pruner, queue, batch_size, score, lost)
     waiting = map(start, queries)
-    generated = iter(queue)
-    engine.admit(waiting)
-    while engine.is_busy:
-        search = engine.estimate() if engine.has_room else engine.take(*next(generated))
-        if search is not None and search.pending is None:
-            yield list(search.tried.values())
-        elif search is not None:
-            engine.submit(search)
+    while True:
         engine.admit(waiting)
+        yield from (Step([], list(search.tried.values())) for search in engine.take_ended())
+        if not engine.is_busy:
+            return
+        yield Step(engine.work())
 
 
 class _Engine:
@@ -127,65 +146,84 @@ class _Engine:
     ) -> None:
         self._slm, self._pruner, self._queue, self._batch_size = slm, pruner, queue, batch_size
         self._score, self._lost = score, lost
+        self._generated = iter(queue)
         self._numbers = itertools.count()
         self._owner_of: dict[int, tuple[_Search, Configuration]] = {}
         # The one that waits longest first.
         self._estimating: deque[_Search] = deque()
+        self._ended: list[_Search] = []
 
     @property
     def is_busy(self) -> bool:
         """Whether any search is in flight."""
         return bool(self._owner_of or self._estimating)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a search waits for estimates while generation has less than a batch to do."""
-        return bool(self._estimating) and len(self._owner_of) < self._batch_size
-
     def admit(self, waiting: Iterator[_Search]) -> None:
         """Starts searches, as many as keep the batch full."""
         while not self._estimating and len(self._owner_of) < _SEARCHES_A_ROW * self._batch_size:
             if (search := next(waiting, None)) is None:
                 return
-            self.submit(search)
+            self._submit(search)
 
-    def submit(self, search: _Search) -> None:
-        """Takes on what a search wants next."""
-        assert search.pending is not None
+    def take_ended(self) -> list[_Search]:
+        """The searches that have ended since this was asked last."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def work(self) -> list[Tried]:
+        """Estimates where a search waits for that while generation has less than a batch to do, else generates."""
+        has_room = self._estimating and len(self._owner_of) < self._batch_size
+        return self._estimate() if has_room else self._take(*next(self._generated))
+
+    def _submit(self, search: _Search) -> None:
+        """Takes on what a search wants next, beyond what an earlier attempt answers."""
+        _answer_from_earlier(search)
+        if search.pending is None:
+            self._ended.append(search)
+            return
         if isinstance(search.pending, Estimate):
             self._estimating.append(search)
             return
         drafts = tuple(draft for draft, _ in search.drafts.most_common(_MOST_DRAFTS))
         give_up = None if self._lost is None else partial(_is_lost, self._slm, search.query, self._lost)
         for configuration in search.pending.configurations:
+            if configuration in search.outputs:
+                continue
             number = next(self._numbers)
             self._owner_of[number] = (search, configuration)
             self._queue.submit(number, Request(search.prompt, configuration, search.max_new_tokens, drafts, give_up))
 
-    def take(self, number: int, continuation: Continuation) -> _Search | None:
-        """Takes an output; gives the search that it belongs to, if it wanted no other."""
+    def _take(self, number: int, continuation: Continuation) -> list[Tried]:
+        """Takes an output; its search goes on if it wanted no other."""
         search, configuration = self._owner_of.pop(number)
         output = self._slm.decode(continuation.token_ids)
         if continuation.cut:
             # The cut may go through a character.
             output = output.rstrip("\ufffd")
         score = self._score(output, search.query)
-        search.outputs[configuration] = Rollout(search.query.id, configuration, score, output, continuation.cut)
+        rollout = Rollout(search.query.id, configuration, score, output, continuation.cut)
+        search.outputs[configuration] = rollout
         search.drafts[continuation.token_ids] += 1
         assert search.pending is not None
-        if len(search.outputs) < len(search.pending.configurations):
-            return None
-        _take_scores(search)
-        return search
+        if len(search.outputs) == len(search.pending.configurations):
+            _take_scores(search)
+            self._submit(search)
+        return [rollout]
 
-    def estimate(self) -> _Search:
+    def _estimate(self) -> list[Tried]:
         """Makes estimates for the search that has waited longest, as long as it wants nothing else."""
         search = self._estimating.popleft()
+        new: list[Tried] = []
         while isinstance(search.pending, Estimate):
-            sample = (search.prompt, search.answer)
-            nats = estimate_configurations(self._slm, self._pruner, sample, search.pending.configurations)
-            _take_estimates(search, nats)
-        return search
+            wanted = search.pending.configurations
+            left = [configuration for configuration in wanted if configuration not in search.earlier_nats]
+            nats = estimate_configurations(self._slm, self._pruner, (search.prompt, search.answer), left)
+            estimated = dict(zip(left, nats, strict=True))
+            new += [Likelihood(search.query.id, configuration, nats) for configuration, nats in estimated.items()]
+            _take_estimates(search, [{**search.earlier_nats, **estimated}[configuration] for configuration in wanted])
+            _answer_from_earlier(search)
+        self._submit(search)
+        return new
 
 
 def max_new_tokens(slm: SLM, query: Query, margin: float) -> int:
@@ -197,7 +235,15 @@ def _is_lost(slm: SLM, query: Query, lost: Callable[[str, Query], bool], token_i
     return lost(slm.decode(token_ids), query)
 
 
-def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float, seed: int, estimate_all: bool) -> _Search:
+def _start(
+    slm: SLM,
+    query: Query,
+    strategy: Strategy,
+    max_tokens_margin: float,
+    seed: int,
+    estimate_all: bool,
+    earlier: Sequence[Tried],
+) -> _Search:
     # The builtin hash of a string differs from process to process; Random seeds from the text itself.
     proposals = strategy.propose(slm.num_layers, random.Random(f"{seed}-{query.id}"))
     if estimate_all:
@@ -212,7 +258,26 @@ def _start(slm: SLM, query: Query, strategy: Strategy, max_tokens_margin: float,
         # Never seen, so whatever has been seen comes first.
         drafts=Counter({reference: 0}),
         pending=next(proposals),
+        earlier={one.pruned_layers: one for one in earlier if isinstance(one, Rollout)},
+        earlier_nats={one.pruned_layers: one.nats_per_token for one in earlier if isinstance(one, Likelihood)},
     )
+
+
+def _answer_from_earlier(search: _Search) -> None:
+    """Lets a search go on as long as an earlier attempt has all that it wants."""
+    while search.pending is not None:
+        wanted = search.pending.configurations
+        if isinstance(search.pending, Estimate):
+            if any(configuration not in search.earlier_nats for configuration in wanted):
+                return
+            _take_estimates(search, [search.earlier_nats[configuration] for configuration in wanted])
+        else:
+            search.outputs |= {
+                configuration: search.earlier[configuration] for configuration in wanted if configuration in search.earlier
+            }
+            if len(search.outputs) < len(wanted):
+                return
+            _take_scores(search)
 
 
 def _take_scores(search: _Search) -> None:

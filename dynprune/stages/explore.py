@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
-from dynprune.data.rollouts import RolloutWriter, Tried, read_likelihoods, read_rollouts
+from dynprune.data.rollouts import Journal, RolloutWriter, Tried, read_likelihoods, read_rollouts
 from dynprune.data.tasks import Query
+from dynprune.exploration.engine import Step
 from dynprune.exploration.engine import explore as explore_queries
 from dynprune.exploration.statistics import exploration_statistics, statistics_lines
 from dynprune.metrics.certainty import LOST
@@ -68,14 +69,16 @@ def explore(run: Run, split: str = "train") -> Artifact:
         left = [query for query in queries if query.id not in done]
         # What is wrong with the strategy's settings is said here, not by each process.
         instantiate(settings.strategy)
-        searches = shared_out(run, partial(_explored, adapters_artifact), left, _QUERIES_A_PROCESS)
+        journal = Journal(folder, done)
         # What is trained on them reads the rollouts in this order, whichever query ends first.
         place_of = {query.id: place for place, query in enumerate(queries)}
-        with closing(searches):
-            for rollouts in track(searches, f"exploring {split} queries", len(left)):
+        job = partial(_explored, adapters_artifact, journal.found)
+        with closing(shared_out(run, job, left, _QUERIES_A_PROCESS)) as steps:
+            for rollouts in track(_ended(steps, journal), f"exploring {split} queries", len(left)):
                 writer.append(rollouts, place_of[rollouts[0].id])
+        journal.remove()
         _write_statistics(folder, perfect_score(settings.score))
-        return {"queries": len(queries), "resumed_queries": len(done)}
+        return {"queries": len(queries), "resumed_queries": len(done), "resumed_in_flight": len(journal.found)}
 
     return run.store.get_or_build("explore", VERSION, config, digest(queries), upstream, build, resumable=True)
 
@@ -88,7 +91,18 @@ def _write_statistics(folder: Path, min_score: float) -> None:
     log.info("explored %s", "\n".join(statistics_lines(statistics)))
 
 
-def _explored(artifact: Artifact | None, run: Run, queries: Sequence[Query], shared_bytes: int) -> Iterator[list[Tried]]:
+def _ended(steps: Iterable[Step], journal: Journal) -> Iterator[list[Tried]]:
+    """What each search found, when it ends; until then it stands in the journal."""
+    for step in steps:
+        if step.new:
+            journal.append(step.new)
+        if step.ended is not None:
+            yield step.ended
+
+
+def _explored(
+    artifact: Artifact | None, earlier: Sequence[Tried], run: Run, queries: Sequence[Query], shared_bytes: int
+) -> Iterator[Step]:
     settings = run.config.exploration
     with pruner_of(run, artifact) as pruner:
         yield from explore_queries(
@@ -103,4 +117,5 @@ def _explored(artifact: Artifact | None, run: Run, queries: Sequence[Query], sha
             shared_bytes,
             run.config.seed,
             settings.estimate_all,
+            earlier,
         )
