@@ -32,11 +32,12 @@ def nats_alone(slm, stack, data) -> list[float]:
     return [tokens * nats_per_token(slm, stack, [layer], data) for layer in range(4)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_each_step_adds_the_layer_that_hurts_the_likelihood_least(make_slm, batch_size):
+@pytest.mark.parametrize("tokens", [1, 25, 1000])
+def test_each_step_adds_the_layer_that_hurts_the_likelihood_least(make_slm, tokens, monkeypatch):
+    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: tokens)
     slm, stack, data = make_slm(), random_adapters(), samples()
     with LayerPruner(slm, stack) as pruner:
-        found = list(greedy_static_sets(slm, pruner, data, nats_alone(slm, stack, data), 3, None, batch_size))
+        found = list(greedy_static_sets(slm, pruner, data, nats_alone(slm, stack, data), 3, None))
     chosen: tuple[int, ...] = ()
     for layers, loss in found:
         losses = {
@@ -53,9 +54,9 @@ def test_impossible_sizes_and_missing_samples_are_refused(make_slm):
     slm = make_slm()
     with LayerPruner(slm) as pruner:
         with pytest.raises(ValueError, match="set of 5 layers"):
-            next(greedy_static_sets(slm, pruner, samples(), [1.0] * 4, 5, None, 2))
+            next(greedy_static_sets(slm, pruner, samples(), [1.0] * 4, 5, None))
         with pytest.raises(ValueError, match="needs samples"):
-            next(greedy_static_sets(slm, pruner, [], [0.0] * 4, 1, None, 2))
+            next(greedy_static_sets(slm, pruner, [], [0.0] * 4, 1, None))
 
 
 def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
@@ -63,9 +64,9 @@ def test_later_layers_come_from_the_candidates_that_hurt_least_alone(make_slm):
     alone_L = nats_alone(slm, stack, data)
     alone = sorted(range(4), key=lambda layer: alone_L[layer])
     with LayerPruner(slm, stack) as pruner:
-        *_, (pair, _) = greedy_static_sets(slm, pruner, data, alone_L, 2, 2, 8)
+        *_, (pair, _) = greedy_static_sets(slm, pruner, data, alone_L, 2, 2)
         with pytest.raises(ValueError, match=r"static_candidates=1 is fewer"):
-            next(greedy_static_sets(slm, pruner, data, alone_L, 2, 1, 8))
+            next(greedy_static_sets(slm, pruner, data, alone_L, 2, 1))
     assert set(pair) == set(alone[:2])
 
 
@@ -74,8 +75,8 @@ def next_tokens(slm, stack, pruned, prompts) -> torch.Tensor:
     return swapped(slm.model, stack, pruned)(input_ids=prompts, use_cache=False).logits[:, -1].argmax(-1)
 
 
-@pytest.mark.parametrize(("finalists", "batch_size", "place"), [(1, 64, 0), (2, 3, 1), (4, 64, 2)])
-def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, batch_size, place):
+@pytest.mark.parametrize(("finalists", "place"), [(1, 0), (2, 1), (4, 2)])
+def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, place):
     slm, stack, data = make_slm(), random_adapters(), samples()
     prompts = torch.randint(0, 250, (600, 6), generator=torch.Generator().manual_seed(4))
     # Answers without a token, which are right where the stop token follows. This one follows more often without the second
@@ -86,9 +87,7 @@ def test_of_the_likeliest_sets_the_most_accurate_is_taken(make_slm, finalists, b
     asked = (right[(0,)] | right[(1,)] | right[(2,)] | right[(3,)]).nonzero()[:, 0].tolist()
     validation = [(prompts[number].tolist(), []) for number in asked]
     with LayerPruner(slm, stack) as pruner:
-        found = list(
-            accurate_static_sets(slm, pruner, data, nats_alone(slm, stack, data), validation, 3, None, finalists, batch_size)
-        )
+        found = list(accurate_static_sets(slm, pruner, data, nats_alone(slm, stack, data), validation, 3, None, finalists))
     chosen: tuple[int, ...] = ()
     for layers, accuracy in found:
         options = [tuple(sorted([*chosen, layer])) for layer in range(4) if layer not in chosen]
@@ -105,13 +104,13 @@ def test_among_equally_accurate_sets_the_likeliest_is_taken(make_slm):
     slm, stack, data = make_slm(), random_adapters(), samples()
     alone_L = nats_alone(slm, stack, data)
     with LayerPruner(slm, stack) as pruner:
-        [(likeliest, _)] = greedy_static_sets(slm, pruner, data, alone_L, 1, None, 8)
+        [(likeliest, _)] = greedy_static_sets(slm, pruner, data, alone_L, 1, None)
         # Nothing is right whatever is pruned: random weights do not give random answers.
-        [(accurate, accuracy)] = accurate_static_sets(slm, pruner, data, alone_L, data, 1, None, 4, 8)
+        [(accurate, accuracy)] = accurate_static_sets(slm, pruner, data, alone_L, data, 1, None, 4)
     assert (accurate, accuracy) == (likeliest, 0.0)
 
 
 def test_a_search_by_accuracy_without_finalists_is_refused(make_slm):
     slm = make_slm()
     with LayerPruner(slm) as pruner, pytest.raises(ValueError, match="finalists=0 tries no layer"):
-        accurate_static_sets(slm, pruner, samples(), [0.0] * 4, samples(), 1, None, 0, 8)
+        accurate_static_sets(slm, pruner, samples(), [0.0] * 4, samples(), 1, None, 0)

@@ -31,8 +31,10 @@ def stack() -> AdapterStack:
     return random_adapters()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make_slm, stack, batch_size):
+@pytest.mark.parametrize(("tokens", "sizes"), [(1, [1, 1, 1, 1, 1]), (33, [3, 2]), (1000, [5])])
+def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make_slm, stack, tokens, sizes, monkeypatch):
+    # The samples have 6, 10, 14, 16 and 20 tokens with their stop tokens, so 33 take three of 10, or two of 16.
+    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: tokens)
     slm = make_slm()
     generator = torch.Generator().manual_seed(0)
     samples = [
@@ -42,10 +44,9 @@ def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make
     # All subsets, not in the order in which they are run, and one of them twice.
     configurations = [c for size in (2, 0, 4, 1, 3) for c in itertools.combinations(range(4), size)] + [(1, 2)]
     with LayerPruner(slm, stack) as pruner:
-        found = list(score_configurations(slm, pruner, samples, configurations, batch_size))
+        found = list(score_configurations(slm, pruner, samples, configurations))
     assert sorted(position for positions, _ in found for position in positions) == list(range(5))
     for positions, scores in found:
-        assert len(positions) <= batch_size
         for configuration, scored in zip(configurations, scores, strict=True):
             for row, position in enumerate(positions):
                 nats, tokens, right = alone(slm, stack, configuration, samples[position])

@@ -7,7 +7,7 @@ The sets for all sizes come from one search, each the last one and a layer more.
 
 from collections.abc import Callable, Iterator, Sequence
 
-from dynprune.slm.likelihood import AnswerBatch, Answered, score_configurations
+from dynprune.slm.likelihood import AnswerBatch, Answered, score_configurations, similar_samples
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 
@@ -22,7 +22,6 @@ def greedy_static_sets(
     nats_alone_L: Sequence[float],
     largest: int,
     candidates: int | None,
-    batch_size: int,
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Grows a static set layer by layer, by likelihood.
 
@@ -33,7 +32,6 @@ def greedy_static_sets(
         nats_alone_L: Negative log-likelihood of all answers with each of the L layers pruned alone, in nats: the first step.
         largest: Size of the largest set.
         candidates: After the first layer, only so many are tried, those that hurt least alone; ``None`` tries all.
-        batch_size: Samples in a batch.
 
     Yields:
         The best set of each size from 1 to ``largest`` with its mean negative log-likelihood, in nats a token.
@@ -41,7 +39,7 @@ def greedy_static_sets(
     Raises:
         ValueError: If a set cannot have so many layers, there are too few candidates, or there are no samples.
     """
-    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, batch_size, lambda ranked: ranked[0])
+    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, lambda ranked: ranked[0])
 
 
 def accurate_static_sets(
@@ -53,7 +51,6 @@ def accurate_static_sets(
     largest: int,
     candidates: int | None,
     finalists: int,
-    batch_size: int,
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Grows a static set layer by layer, by accuracy among the sets that are likeliest.
 
@@ -69,7 +66,6 @@ def accurate_static_sets(
         candidates: See `greedy_static_sets`.
         finalists: At each step the accuracy decides between so many sets, those of the best likelihood; among the equally
             accurate the likelihood does.
-        batch_size: Samples in a batch.
 
     Yields:
         The set of each size from 1 to ``largest`` with its accuracy, 0..1.
@@ -83,12 +79,12 @@ def accurate_static_sets(
     def most_accurate(ranked: list[_Found]) -> _Found:
         sets = [layers for layers, _ in ranked[:finalists]]
         right = [0] * len(sets)
-        for _, scores in score_configurations(slm, pruner, validation, sets, batch_size):
+        for _, scores in score_configurations(slm, pruner, validation, sets):
             right = [count + int(scored.right_B.sum()) for count, scored in zip(right, scores, strict=True)]
         best = right.index(max(right))
         return sets[best], right[best] / len(validation)
 
-    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, batch_size, most_accurate)
+    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, most_accurate)
 
 
 def check_candidates(candidates: int | None, largest: int) -> None:
@@ -111,7 +107,6 @@ def _grow(
     nats_alone_L: Sequence[float],
     largest: int,
     candidates: int | None,
-    batch_size: int,
     choose: Callable[[list[_Found]], _Found],
 ) -> Iterator[_Found]:
     """Grows a set by what is chosen from the sets of a layer more, which come by likelihood, the best first."""
@@ -129,9 +124,7 @@ def _grow(
     tried = by_loss[:candidates]
     found = choose([((layer,), nats_alone_L[layer] / tokens) for layer in by_loss])
     yield found
-    # Batches of similar answers: the head runs on as many tokens of each sample as the longest answer has.
-    samples = sorted(samples, key=lambda sample: len(sample[1]))
-    batches = [AnswerBatch(slm, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+    batches = [AnswerBatch(slm, [samples[position] for position in positions]) for positions in similar_samples(slm, samples)]
     while len(chosen := found[0]) < largest:
         losses = dict.fromkeys((layer for layer in tried if layer not in chosen), 0.0)
         for batch in batches:

@@ -33,7 +33,7 @@ from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.slm.generation import Request, generate_all
-from dynprune.slm.likelihood import Answered, score_configurations
+from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.progress import track
@@ -272,9 +272,9 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
         probes = random.Random(run.config.seed).sample(samples, min(count, len(samples)))
         configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
         nats, tokens = [0.0] * len(configurations), 0
-        batches = math.ceil(len(probes) / run.config.hardware.batch_size)
+        batches = len(similar_samples(run.slm, probes))
         with pruner_of(run, stand_ins) as pruner:
-            scored = score_configurations(run.slm, pruner, probes, configurations, run.config.hardware.batch_size)
+            scored = score_configurations(run.slm, pruner, probes, configurations)
             for _, scores in track(scored, "measuring the harm of each layer", batches):
                 tokens += int(scores[0].tokens_B.sum())
                 nats = [total + float(score.nats_B.sum()) for total, score in zip(nats, scores, strict=True)]

@@ -29,7 +29,7 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.latency import Chooser
 from dynprune.router.encoder import TextEncoder
-from dynprune.slm.likelihood import score_configurations
+from dynprune.slm.likelihood import score_configurations, similar_samples
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.explore import explore
@@ -85,7 +85,6 @@ def _static_accuracy(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
             largest,
             run.config.evaluation.static_candidates,
             own.finalists,
-            run.config.hardware.batch_size,
         )
 
     artifact = _searched(run, "static_accuracy", largest, "accuracy", search, {"finalists": own.finalists}, validation)
@@ -139,7 +138,6 @@ def _greedy(run: Run, pruner: LayerPruner, queries: Sequence[Query], largest: in
         _nats_alone(run, queries),
         largest,
         run.config.evaluation.static_candidates,
-        run.config.hardware.batch_size,
     )
 
 
@@ -176,11 +174,11 @@ def _measure(run: Run, folder: Path, queries: Sequence[Query], sets: Sequence[Se
     """Measures the loss of each query under each set, in nats a token, where an earlier attempt has not."""
     done = _read_losses(folder)
     left = [query for query in queries if query.id not in done]
-    batch_size = run.config.hardware.batch_size
+    samples = [run.tokens(query) for query in left]
     parts = len(list(folder.glob("losses-*.json")))
     with pruner_of(run, adapters(run)) as pruner:
-        measured = score_configurations(run.slm, pruner, [run.tokens(query) for query in left], sets, batch_size)
-        batches = track(measured, title, -(-len(left) // batch_size))
+        measured = score_configurations(run.slm, pruner, samples, sets)
+        batches = track(measured, title, len(similar_samples(run.slm, samples)))
         for part, (positions, scores) in enumerate(batches, start=parts):
             loss_BS = torch.stack([scored.nats_per_token_B for scored in scores], dim=1).tolist()
             losses = {left[position].id: loss_S for position, loss_S in zip(positions, loss_BS, strict=True)}
