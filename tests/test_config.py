@@ -35,7 +35,8 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def override_of(option: str) -> str:
-    group, name = option.rsplit("/", 1)
+    # Presets may lie in folders of their group.
+    group, name = option.split("/", 1) if option.startswith("experiment/") else option.rsplit("/", 1)
     return f"{group}={name}"
 
 
@@ -104,7 +105,7 @@ def test_every_key_has_a_comment_of_its_own_above_it(path):
 def test_every_preset_says_what_it_reproduces_and_with_which_command(path):
     text = (CONF / path).with_suffix(".yaml").read_text()
     assert text.startswith("# @package _global_\n# Reproduces ")
-    assert f"# Command: dynprune experiment={path.name}" in text
+    assert f"# Command: dynprune experiment={path.relative_to('experiment')}" in text
 
 
 def test_an_unknown_key_is_refused():

@@ -274,6 +274,8 @@ def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
         "own",
         "+method@evaluation.routers.states=fbc",
         "+method@evaluation.routers.blind=fbc",
+        "+method@evaluation.routers.dropped=fbc",
+        "evaluation.routers.dropped=null",
         "evaluation.routers.states.min_score=-10",
         "evaluation.routers.blind.min_score=-10",
         "+evaluation.router_settings.states={inputs:slm_states,slm_layers:2,ratio:categorical}",
@@ -281,6 +283,7 @@ def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
         "evaluation.budgets=[0]",
     )
     rows = table_of(folder, "own")
+    assert {row.partition("@")[0] for row in rows if row.startswith("router-")} == {"router-states", "router-blind"}
     # One reads the SLM's states: it costs the layers that it runs, and prunes only later ones.
     assert set(pruned_by(folder, "own", "router-states@0")) == {(2, 3)}
     assert rows["router-states@0"]["nominal_speedup"] == 0

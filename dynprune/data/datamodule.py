@@ -6,6 +6,9 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, IterableDataset
 
+# Items in a batch for validation: nothing is learned from it, so its size is a matter of speed.
+_VALIDATED_TOGETHER = 256
+
 
 class StreamData(lightning.LightningDataModule):
     """Streams for training and validation.
@@ -29,7 +32,7 @@ class StreamData(lightning.LightningDataModule):
         Args:
             training: The stream to train on.
             validation: The streams to validate on.
-            batch_size: Items in a batch; ``None`` where the stream yields batches.
+            batch_size: Items in a batch of training; ``None`` where the streams yield batches.
             collate: Makes a batch of items.
         """
         super().__init__()
@@ -47,4 +50,5 @@ class StreamData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The validation streams."""
-        return [DataLoader(stream, batch_size=self._batch_size, collate_fn=self._collate) for stream in self._validation]
+        size = None if self._batch_size is None else max(self._batch_size, _VALIDATED_TOGETHER)
+        return [DataLoader(stream, batch_size=size, collate_fn=self._collate) for stream in self._validation]

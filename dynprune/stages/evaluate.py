@@ -116,7 +116,7 @@ def _under_other_adapters(
 ) -> Iterator[tuple[Row, list[Sample]]]:
     """Rows of static sets that are searched and run under other adapters than the run's."""
     settings = run.config.evaluation
-    if settings.pruned_layers is not None:
+    if settings.pruned_layers is not None or not settings.adapter_ablation.sizes:
         return
     for name, adapter in settings.adapter_ablation.adapters.items():
         config = run.config.copy()

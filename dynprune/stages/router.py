@@ -31,7 +31,7 @@ from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.run import Run, content_digest, plain
 
-VERSION = 3
+VERSION = 4
 _MONITORED = "validation/loss"
 ROUTER = "router"
 

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dynprune.artifacts import Store
 from dynprune.data.prompts import answer_tokens, prompt_tokens
@@ -28,6 +28,13 @@ from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
+# Mappings of what a table compares, by its name there.
+_NAMED = (
+    "evaluation.routers",
+    "evaluation.router_settings",
+    "evaluation.adapter_ablation.adapters",
+    "evaluation.lossless",
+)
 _MIXED_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -47,7 +54,7 @@ class Run:
         Args:
             config: The composed configuration.
         """
-        self.config = config
+        self.config = config = _without_dropped(config)
         self.folder = Path(config.paths.run)
         self.store = Store(Path(config.paths.artifacts), rank=getattr(rank_zero_only, "rank", 0))
         self.made: dict[tuple[str, ...], Any] = {}
@@ -167,6 +174,17 @@ class Run:
             log_every_n_steps=1,
             **arguments,
         )
+
+
+def _without_dropped(config: DictConfig) -> DictConfig:
+    """The configuration without what a preset names and the user, or another preset, sets to null."""
+    config = config.copy()
+    for key in _NAMED:
+        entries = OmegaConf.select(config, key)
+        with open_dict(entries):
+            for name in [name for name, entry in entries.items() if entry is None]:
+                del entries[name]
+    return config
 
 
 def once_a_run(stage: Callable[..., Made]) -> Callable[..., Made]:
