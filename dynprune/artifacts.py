@@ -203,6 +203,9 @@ class Store:
         """
         wanted = (version, {**_plain(config, "config"), key: None}, _plain(data, "data"), dict(upstream))
         for path in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
+            if not path.exists():
+                # Another process has just finished it.
+                continue
             found = _read_json(path, ("version", "config", "data", "upstream"))
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
                 yield path.parent

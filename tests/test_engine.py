@@ -12,6 +12,7 @@ from dynprune.data.prompts import answer_tokens, prompt_tokens, render_answer, r
 from dynprune.data.rollouts import Likelihood, Rollout
 from dynprune.data.tasks import Query
 from dynprune.exploration.beam import BeamSearch
+from dynprune.exploration.dfs import DepthFirstSearch
 from dynprune.exploration.engine import Step, explore
 from dynprune.exploration.mcts import MonteCarloTreeSearch
 from dynprune.exploration.random_search import RandomSearch
@@ -266,7 +267,7 @@ def test_generations_do_not_wait_for_the_estimates_of_all_searches(make_slm):
 
 
 def test_a_search_that_estimates_ends_before_the_next_one_begins_to(make_slm):
-    # So that what a run that is killed loses is not every search's estimates.
+    # So that searches end one after another, and their rollouts are there for others to learn from.
     made: list[int] = []
 
     class Noting:
@@ -299,13 +300,28 @@ def test_thousands_of_random_configurations_say_what_plain_generation_says(make_
         assert rollout.output == want, rollout
 
 
-@pytest.mark.parametrize("estimate_all", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "estimate_all"),
+    [
+        (Alternating(), False),
+        (Alternating(), True),
+        (BeamSearch(width=2, depth=3, candidates=2, max_estimates=9), False),
+        (MonteCarloTreeSearch(depth=3, max_estimates=9), False),
+        (DepthFirstSearch(max_scenarios=9, require_success=None), True),
+    ],
+)
 @pytest.mark.parametrize("stop_after", [1, 9, 25, 1000])
-def test_an_exploration_that_was_stopped_anywhere_goes_on_with_what_it_had_found(make_slm, stop_after, estimate_all):
-    slm, strategy = make_slm(), Alternating()
-    arguments = (queries(4), strategy, length_score, None, 0.25, 3, 1 << 20, 0, estimate_all)
-    whole = run(slm, 4, strategy, 3, estimate_all=estimate_all)
+def test_an_exploration_that_was_stopped_anywhere_goes_on_with_what_it_had_found(make_slm, stop_after, strategy, estimate_all):
+    def lost(output: str, query: Query) -> bool:
+        return len(output) > 1 and ord(output[1]) % 5 == 0
+
+    def score(output: str, query: Query) -> float:
+        return 0.0 if lost(output, query) else length_score(output, query)
+
+    slm = make_slm()
+    arguments = (queries(4), strategy, score, lost, 0.25, 3, 1 << 20, 0, estimate_all)
     with LayerPruner(slm, random_adapters()) as pruner:
+        whole = ended(explore(slm, pruner, *arguments))
         first = [one for step in itertools.islice(explore(slm, pruner, *arguments), stop_after) for one in step.new]
         steps = list(explore(slm, pruner, *arguments, earlier=first))
     then = [one for step in steps for one in step.new]

@@ -31,10 +31,10 @@ def stack() -> AdapterStack:
     return random_adapters()
 
 
-@pytest.mark.parametrize(("tokens", "sizes"), [(1, [1, 1, 1, 1, 1]), (33, [3, 2]), (1000, [5])])
-def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make_slm, stack, tokens, sizes, monkeypatch):
-    # The samples have 6, 10, 14, 16 and 20 tokens with their stop tokens, so 33 take three of 10, or two of 16.
-    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: tokens)
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1, 1, 1, 1, 1]), (33, [2, 2, 1]), (1000, [5])])
+def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make_slm, stack, limit, sizes, monkeypatch):
+    # The samples have 6, 10, 14, 15 and 19 tokens with their stop tokens; padded, 33 take two of 10 and two of 15.
+    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: limit)
     slm = make_slm()
     generator = torch.Generator().manual_seed(0)
     samples = [
@@ -46,6 +46,7 @@ def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make
     with LayerPruner(slm, stack) as pruner:
         found = list(score_configurations(slm, pruner, samples, configurations))
     assert sorted(position for positions, _ in found for position in positions) == list(range(5))
+    assert [len(positions) for positions, _ in found] == sizes
     for positions, scores in found:
         for configuration, scored in zip(configurations, scores, strict=True):
             for row, position in enumerate(positions):

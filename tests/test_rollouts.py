@@ -381,3 +381,17 @@ def test_a_journal_keeps_what_searches_in_flight_found_but_for_a_torn_line_and_w
     assert Journal(tmp_path, completed_ids=()).found == found[1:]
     again.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\0\0\0", b'{"id": "b"}', b"[1]", b'{"id": "a", "pruned_layers": 1, "nats_per_token": 1}', b"\xff"]
+)
+def test_a_journal_is_read_up_to_what_is_broken(tmp_path, caplog, broken):
+    found = [Likelihood("a", (number,), float(number)) for number in range(3)]
+    Journal(tmp_path, completed_ids=()).append(found)
+    path = tmp_path / "in-flight.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, broken, b"\n", *others]))
+    assert Journal(tmp_path, completed_ids=()).found == found[:1]
+    assert "in-flight.jsonl is broken from line 2 on" in caplog.text
+    assert path.read_bytes() == first

@@ -6,7 +6,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, IterableDataset
 
-# Items in a batch for validation: nothing is learned from it, so its size is a matter of speed.
+# Items in a batch for validation, at least: its size is a matter of speed, but for losses that compare a batch's items (KTO).
 _VALIDATED_TOGETHER = 256
 
 

@@ -12,6 +12,7 @@ that has a dense reward. The number of layers and the score's name stand in each
 
 import itertools
 import json
+import logging
 import math
 import shutil
 from collections import Counter
@@ -26,6 +27,7 @@ import pyarrow.parquet as pq
 from dynprune.atomic import replacing
 from dynprune.data.parquet import Header, header_of, open_parquet, with_header
 
+log = logging.getLogger(__name__)
 _SHARDS = "rollouts-*.parquet"
 _JOURNAL = "in-flight.jsonl"
 _SCHEMA = pa.schema(
@@ -162,19 +164,15 @@ class Journal:
     """
 
     def __init__(self, folder: Path, completed_ids: Collection[str]) -> None:
-        """Read what is there, and write it anew without what is complete and without a line that a kill has torn.
+        """Read what is there, and write it anew without what is complete and without what is broken.
 
         Args:
             folder: A folder that `RolloutWriter` writes.
             completed_ids: The queries whose rollouts are in its shards.
         """
         self._path = folder / _JOURNAL
-        self.found: list[Tried] = []
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").split("\n")
-            # Behind the last line's end there is nothing, or the beginning of a line.
-            found = [_of_record(json.loads(line)) for line in lines[:-1]]
-            self.found = [one for one in found if one.id not in completed_ids]
+        read = list(_read_journal(self._path)) if self._path.exists() else []
+        self.found: list[Tried] = [one for one in read if one.id not in completed_ids]
         with replacing(self._path) as path:
             path.write_text("".join(map(_line, self.found)), encoding="utf-8")
 
@@ -192,9 +190,19 @@ def _line(tried: Tried) -> str:
     return json.dumps(asdict(tried)) + "\n"
 
 
-def _of_record(record: dict[str, Any]) -> Tried:
-    record["pruned_layers"] = tuple(record["pruned_layers"])
-    return Rollout(**record) if "score" in record else Likelihood(**record)
+def _read_journal(path: Path) -> Iterator[Tried]:
+    """The entries up to the first line that is none: a kill tears the last one, a power cut may have spoilt more."""
+    # By newlines alone: a text's own separators of lines are no ends of an entry.
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n"), start=1):
+        if not line:
+            return
+        try:
+            record = json.loads(line)
+            record["pruned_layers"] = tuple(record["pruned_layers"])
+            yield Rollout(**record) if "score" in record else Likelihood(**record)
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is broken from line %d on; what stood there is found anew", path, number)
+            return
 
 
 def completed_ids(folder: Path) -> set[str]:

@@ -211,19 +211,20 @@ class _Engine:
         return [rollout]
 
     def _estimate(self) -> list[Tried]:
-        """Makes estimates for the search that has waited longest, as long as it wants nothing else."""
+        """Makes the next estimates of the search that has waited longest; it stays the next until it wants something else."""
         search = self._estimating.popleft()
-        new: list[Tried] = []
-        while isinstance(search.pending, Estimate):
-            wanted = search.pending.configurations
-            left = [configuration for configuration in wanted if configuration not in search.earlier_nats]
-            nats = estimate_configurations(self._slm, self._pruner, (search.prompt, search.answer), left)
-            estimated = dict(zip(left, nats, strict=True))
-            new += [Likelihood(search.query.id, configuration, nats) for configuration, nats in estimated.items()]
-            _take_estimates(search, [{**search.earlier_nats, **estimated}[configuration] for configuration in wanted])
-            _answer_from_earlier(search)
-        self._submit(search)
-        return new
+        assert isinstance(search.pending, Estimate)
+        wanted = search.pending.configurations
+        left = [configuration for configuration in wanted if configuration not in search.earlier_nats]
+        nats = estimate_configurations(self._slm, self._pruner, (search.prompt, search.answer), left)
+        known = {**search.earlier_nats, **dict(zip(left, nats, strict=True))}
+        _take_estimates(search, [known[configuration] for configuration in wanted])
+        _answer_from_earlier(search)
+        if isinstance(search.pending, Estimate):
+            self._estimating.appendleft(search)
+        else:
+            self._submit(search)
+        return [Likelihood(search.query.id, configuration, known[configuration]) for configuration in left]
 
 
 def max_new_tokens(slm: SLM, query: Query, margin: float) -> int:

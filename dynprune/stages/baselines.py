@@ -231,6 +231,11 @@ def _pudding(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     yield from _choice_rows(run, "pudding", sizes, {}, loss_regression)
 
 
+def oracle_names(run: Run) -> list[str]:
+    """The names of the oracle's rows."""
+    return [f"oracle-{size:g}" for size in _sizes(run, "oracle")]
+
+
 def oracle_rows(run: Run, queries: Sequence[Query], samples: Mapping[str, Sequence[Sample]]) -> Iterator[Row]:
     """The rows of the oracle, which chooses for each query among all configurations that were tried on it.
 
@@ -253,10 +258,10 @@ def oracle_rows(run: Run, queries: Sequence[Query], samples: Mapping[str, Sequen
             tried[sample.id][sample.pruned_layers] = Rollout(sample.id, sample.pruned_layers, score, sample.output)
     # In an order of their own: among equals the first is taken, which must not hang on the order of the rows.
     options = [[rollout for _, rollout in sorted(tried[query.id].items())] for query in queries]
-    for size in sizes:
+    for name, size in zip(oracle_names(run), sizes, strict=True):
         layers_of = {rollout.id: rollout.pruned_layers for rollout in oracle(options, size)}
         origin = hashlib.sha256(json.dumps(layers_of, sort_keys=True).encode()).hexdigest()
-        yield Row(f"oracle-{size:g}", _looked_up(layers_of), origin, curve="oracle")
+        yield Row(name, _looked_up(layers_of), origin, curve="oracle")
 
 
 def _for_the_oracle(config: DictConfig) -> DictConfig:

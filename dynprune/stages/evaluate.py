@@ -17,7 +17,7 @@ from dynprune.evaluation.lossless import count_differences
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
-from dynprune.stages.baselines import baseline_rows, oracle_rows, static_rows
+from dynprune.stages.baselines import baseline_rows, oracle_names, oracle_rows, static_rows
 from dynprune.stages.lossless import lossless_rows, timed_row
 from dynprune.stages.progress import track
 from dynprune.stages.router import learns_from, router
@@ -56,6 +56,8 @@ def evaluate(run: Run) -> Evaluation:
     methods = train_routers(run)
     answers = Answers(run, queries)
     rows = _rows(run, methods)
+    # What is wrong with the lossless rows is said before the others are run.
+    lossless_rows(run, [*rows, *(replace(ORIGINAL, name=name) for name in oracle_names(run))])
     samples = run_rows(run, rows, answers)
     # These depend on the others: on what they said, and on what they choose.
     oracles = list(oracle_rows(run, queries, samples)) if run.config.evaluation.pruned_layers is None else []

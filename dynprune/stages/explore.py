@@ -22,7 +22,7 @@ from dynprune.exploration.statistics import exploration_statistics, statistics_l
 from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
-from dynprune.stages.processes import shared_out
+from dynprune.stages.processes import check_job, shared_out
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, once_a_run, plain
 
@@ -51,6 +51,9 @@ def explore(run: Run, split: str = "train") -> Artifact:
     queries = run.queries(split, OmegaConf.select(run.config, key), key)
     # A wrong name is refused before adapters are made.
     get_score(settings.score, "exploration.score")
+    # So are wrong settings, and not by each process.
+    instantiate(settings.strategy)
+    check_job(run)
     adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
@@ -67,8 +70,6 @@ def explore(run: Run, split: str = "train") -> Artifact:
         # A copy: the writer adds to its own.
         done = set(writer.completed_ids)
         left = [query for query in queries if query.id not in done]
-        # What is wrong with the strategy's settings is said here, not by each process.
-        instantiate(settings.strategy)
         journal = Journal(folder, done)
         # What is trained on them reads the rollouts in this order, whichever query ends first.
         place_of = {query.id: place for place, query in enumerate(queries)}
@@ -92,7 +93,7 @@ def _write_statistics(folder: Path, min_score: float) -> None:
 
 
 def _ended(steps: Iterable[Step], journal: Journal) -> Iterator[list[Tried]]:
-    """What each search found, when it ends; until then it stands in the journal."""
+    """What each search found, when it ends; what came before stands in the journal."""
     for step in steps:
         if step.new:
             journal.append(step.new)

@@ -28,6 +28,16 @@ Job = Callable[[Run, Sequence[Item], int], Iterator[Result]]
 _SECONDS_BETWEEN_LOOKS = 2.0
 
 
+def check_job(run: Run) -> None:
+    """Checks the settings of a job that generates: in a sentence, where each process would say it in a traceback.
+
+    Raises:
+        ValueError: If a batch would have no rows, or memory is negative.
+    """
+    check_batch_size(run.config.hardware.batch_size)
+    check_capacity(run.shared_bytes)
+
+
 def shared_out(run: Run, job: Job[Item, Result], items: Sequence[Item], least: int) -> Generator[Result, None, None]:
     """Does a job in as many processes as ``hardware.processes`` allows and the items are worth.
 
@@ -41,12 +51,8 @@ def shared_out(run: Run, job: Job[Item, Result], items: Sequence[Item], least: i
         The results, in the order in which they come.
 
     Raises:
-        ValueError: If a batch would have no rows, or memory is negative.
         RuntimeError: If one of the processes fails or dies.
     """
-    # Mistakes are said here, in a sentence, not by each process.
-    check_batch_size(run.config.hardware.batch_size)
-    check_capacity(run.shared_bytes)
     processes = min(run.config.hardware.processes, len(items) // least)
     if processes < 2:
         yield from job(run, items, run.shared_bytes)

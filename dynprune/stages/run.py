@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from dynprune.artifacts import Store
 from dynprune.data.prompts import answer_tokens, prompt_tokens
@@ -28,7 +28,7 @@ from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
-# Mappings of what a table compares, by its name there.
+# Mappings of what a table compares, by its name there, a router's settings after the routers.
 _NAMED = (
     "evaluation.routers",
     "evaluation.router_settings",
@@ -179,11 +179,14 @@ class Run:
 def _without_dropped(config: DictConfig) -> DictConfig:
     """The configuration without what a preset names and the user, or another preset, sets to null."""
     config = config.copy()
+    dropped: set[str] = set()
     for key in _NAMED:
-        entries = OmegaConf.select(config, key)
-        with open_dict(entries):
-            for name in [name for name, entry in entries.items() if entry is None]:
-                del entries[name]
+        entries = plain(OmegaConf.select(config, key)) or {}
+        dropped |= {name for name, entry in entries.items() if entry is None and key == "evaluation.routers"}
+        kept = [name for name, entry in entries.items() if entry is not None]
+        if key == "evaluation.router_settings":
+            kept = [name for name in kept if name not in dropped]
+        OmegaConf.update(config, key, OmegaConf.masked_copy(OmegaConf.select(config, key), kept) if kept else {}, merge=False)
     return config
 
 

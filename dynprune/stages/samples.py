@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from dynprune.evaluation.lossless import run_lossless
 from dynprune.metrics.scores import mean_scores
 from dynprune.slm.pruning import configuration_mask
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
-from dynprune.stages.processes import shared_out
+from dynprune.stages.processes import check_job, shared_out
 from dynprune.stages.progress import track
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest
@@ -164,13 +164,18 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
     identity["config"]["origin"] = hashlib.sha256(json.dumps(sorted(rows_of)).encode()).hexdigest()
     # Whatever was generated for other rows too, those of a run that was stopped included.
     for folder in run.store.differing_in("origin", **identity):
-        answers.add(_read_parts(folder))
-    # What is no configuration of the SLM is said here, not by each process.
+        # Gone where another process has just finished it, under its final name.
+        with suppress(FileNotFoundError):
+            answers.add(_read_parts(folder))
+    # Mistakes are said here, before anything is left behind.
+    check_job(run)
     configuration_mask(run.slm, [layers for _, layers in rows_of])
 
     def build(folder: Path) -> dict[str, Any]:
         number = len(list(folder.glob(_PARTS)))
-        kept = {(sample.id, sample.pruned_layers) for sample in _read_parts(folder)}
+        mine = _read_parts(folder)
+        answers.add(mine)
+        kept = {(sample.id, sample.pruned_layers) for sample in mine}
         if known := [answers.known[key] for key in rows_of if key in answers.known and key not in kept]:
             write_samples(known, folder / _PART.format(number))
             number += 1
