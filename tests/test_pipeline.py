@@ -346,6 +346,7 @@ def test_a_mistake_ends_in_one_sentence(tiny, arguments, sentence):
     assert sentence in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_shown_without_a_traceback(tiny):
     folder, _ = tiny
     # One that the run finds, and one that a target raises while Hydra instantiates it.
