@@ -34,7 +34,7 @@ def stack() -> AdapterStack:
 @pytest.mark.parametrize(("limit", "sizes"), [(1, [1, 1, 1, 1, 1]), (33, [2, 2, 1]), (1000, [5])])
 def test_every_configuration_on_every_sample_as_if_alone_in_a_swapped_model(make_slm, stack, limit, sizes, monkeypatch):
     # The samples have 6, 10, 14, 15 and 19 tokens with their stop tokens; padded, 33 take two of 10 and two of 15.
-    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: limit)
+    monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: limit / 4)
     slm = make_slm()
     generator = torch.Generator().manual_seed(0)
     samples = [

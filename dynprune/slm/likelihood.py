@@ -21,6 +21,9 @@ from dynprune.slm.pruning import LayerPruner, configuration_mask, starting_at
 IGNORED = -100
 """The label of what is no answer, as torch's cross-entropy has it."""
 
+# Measured on a CPU: passes over 1024 tokens are a tenth faster, by the token, than over 256, and as fast as over 2048.
+_TIMES_AT_ONCE = 4
+
 # Prompt and answer of a sample, as tokens; the answer without a stop token.
 Answered = tuple[Sequence[int], Sequence[int]]
 
@@ -131,7 +134,7 @@ class AnswerBatch:
 def similar_samples(slm: SLM, samples: Sequence[Answered]) -> list[list[int]]:
     """Batches of samples of similar length, since padding costs what tokens cost.
 
-    On a CPU a sample of some hundred tokens is a batch: more of them together are not faster, by the token.
+    They are some times as large as a search's, which keeps them small to share more: here nothing is shared between samples.
 
     Args:
         slm: The SLM.
@@ -141,7 +144,7 @@ def similar_samples(slm: SLM, samples: Sequence[Answered]) -> list[list[int]]:
         The samples' positions, batch by batch.
     """
     lengths = [len(prompt) + len(answer) + 1 for prompt, answer in samples]
-    limit = tokens_at_once(slm)
+    limit = _TIMES_AT_ONCE * tokens_at_once(slm)
     batches: list[list[int]] = []
     for position in sorted(range(len(samples)), key=lambda position: lengths[position]):
         # The longest so far, so all of the batch are padded to it.

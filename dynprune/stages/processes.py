@@ -5,6 +5,7 @@ wait for each other.
 """
 
 import logging
+import math
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import get_context, parent_process
@@ -61,10 +62,13 @@ def shared_out(run: Run, job: Job[Item, Result], items: Sequence[Item], least: i
     results: Queue[tuple[int, list[Result] | str | None]] = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     shared_bytes = run.shared_bytes // processes
+    config = portable_config(run)
+    # Rows in flight hold most of the memory.
+    config.hardware.batch_size = math.ceil(config.hardware.batch_size / processes)
     workers = {
         number: context.Process(
             target=_work,
-            args=(portable_config(run), job, items[number::processes], shared_bytes, threads, number, results),
+            args=(config, job, items[number::processes], shared_bytes, threads, number, results),
             daemon=True,
         )
         for number in range(processes)
