@@ -152,7 +152,7 @@ class Store:
             "data": _plain(data, "data"),
             "upstream": dict(upstream),
         }
-        place = self._place(stage, identity["fingerprint"])
+        place = self.root / stage / identity["fingerprint"]
         if artifact := self._find(place):
             return artifact
         if distributed and self.rank > 0:
@@ -160,22 +160,14 @@ class Store:
         with _locked(place):
             return self._find(place) or self._build(place, identity, build, resumable)
 
-    def holds(
-        self, stage: str, version: int, config: Mapping[str, Any], data: Mapping[str, Any], upstream: Mapping[str, str]
-    ) -> bool:
-        """Whether the artifact of these inputs is complete, so that `get_or_build` has nothing to build.
+    def holds(self, stage: str, name: str) -> bool:
+        """Whether an artifact is complete, so that `get_or_build` has nothing to build.
 
         Args:
-            stage: See `fingerprint`.
-            version: See `fingerprint`.
-            config: See `fingerprint`.
-            data: See `fingerprint`.
-            upstream: See `fingerprint`.
-
-        Raises:
-            ValueError: A value has no JSON form.
+            stage: The stage's name.
+            name: The artifact's `fingerprint`.
         """
-        return self._place(stage, fingerprint(stage, version, config, data, upstream)).exists()
+        return (self.root / stage / name).exists()
 
     def differing_in(
         self,
@@ -209,9 +201,6 @@ class Store:
             found = _read_json(path, ("version", "config", "data", "upstream"))
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
                 yield path.parent
-
-    def _place(self, stage: str, name: str) -> Path:
-        return self.root / stage / name
 
     def _find(self, place: Path) -> Artifact | None:
         if not place.exists():

@@ -338,19 +338,21 @@ def test_a_folder_that_lost_its_manifest_is_an_error(tmp_path):
 
 def test_only_a_complete_artifact_is_held_and_folders_of_like_ones_are_found(tmp_path):
     store = Store(tmp_path)
-    assert not store.holds(**INPUTS)
+    name = fingerprint(**INPUTS)
+    assert not store.holds("explore", name)
     with pytest.raises(AssertionError):
         get(tmp_path, must_not_build)
-    assert not store.holds(**INPUTS)
-    partial = tmp_path / "explore" / f"{fingerprint(*INPUTS.values())}.partial"
+    assert not store.holds("explore", name)
+    partial = tmp_path / "explore" / f"{name}.partial"
     other = INPUTS | {"config": {"strategy": "dfs", "limit": 30}}
     assert list(store.differing_in("limit", **other)) == [partial]
 
     complete = get(tmp_path).folder
-    assert store.holds(**INPUTS)
+    assert store.holds("explore", name)
+    assert not store.holds("pairs", name)
     assert list(store.differing_in("limit", **other)) == [complete]
     assert list(store.differing_in("limit", **INPUTS)) == [complete]
     assert list(store.differing_in("strategy", **other)) == []
     for changed in ({"version": 2}, {"data": {"name": "xlam"}}, {"upstream": {}}):
         assert list(store.differing_in("limit", **(other | changed))) == []
-        assert not store.holds(**(INPUTS | changed))
+        assert not store.holds("explore", fingerprint(**(INPUTS | changed)))

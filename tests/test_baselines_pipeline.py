@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import composed, samples_of, table_of
 
-import dynprune.stages.baselines as baselines
+import dynprune.stages.searched_sets as searched_sets
 from dynprune.data.rollouts import read_rollouts
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
@@ -168,7 +168,7 @@ def test_the_same_rows_again_are_made_from_what_is_there(table, folder):
 
 
 def test_a_search_of_the_library_that_is_stopped_goes_on_where_it_was(table, folder, monkeypatch):
-    original, done = baselines.greedy_static_sets, []
+    original, done = searched_sets.greedy_static_sets, []
 
     def stopped(*arguments):
         if len(done) == 1:
@@ -178,21 +178,21 @@ def test_a_search_of_the_library_that_is_stopped_goes_on_where_it_was(table, fol
 
     # Adapters are there already; another number of groups makes another library.
     changed = [*CHOICES, "evaluation.static=[]", "evaluation.baselines.library.groups=4"]
-    monkeypatch.setattr(baselines, "greedy_static_sets", stopped)
+    monkeypatch.setattr(searched_sets, "greedy_static_sets", stopped)
     with pytest.raises(KeyboardInterrupt):
         list(baseline_rows(tiny_run(folder, *changed)))
     [partial] = (folder / "outputs/artifacts/library").glob("*.partial")
     [kept] = partial.glob("group-*.json")
     content = kept.read_text()
     calls = []
-    monkeypatch.setattr(baselines, "greedy_static_sets", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(searched_sets, "greedy_static_sets", lambda *a: calls.append(a) or original(*a))
     assert [row.name for row in baseline_rows(tiny_run(folder, *changed))] == ["nearest_centroid-2", "pudding-1", "pudding-2"]
     assert len(calls) == 3
     assert (partial.with_suffix("") / kept.name).read_text() == content
 
 
 def test_a_measurement_of_the_losses_that_is_stopped_goes_on_where_it_was(table, folder, monkeypatch):
-    original = baselines.score_configurations
+    original = searched_sets.score_configurations
     asked = []
 
     def stopped(slm, pruner, samples, *others):
@@ -205,12 +205,12 @@ def test_a_measurement_of_the_losses_that_is_stopped_goes_on_where_it_was(table,
     # How many samples are run together is not what an artifact depends on: the losses are the same but for rounding.
     monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: 1)
     changed = [*CHOICES, "evaluation.static=[]", "evaluation.baselines.library.groups=2"]
-    monkeypatch.setattr(baselines, "score_configurations", stopped)
+    monkeypatch.setattr(searched_sets, "score_configurations", stopped)
     with pytest.raises(KeyboardInterrupt):
         list(baseline_rows(tiny_run(folder, *changed)))
     list(baseline_rows(tiny_run(folder, *changed)))
     assert asked == [9, 7]
-    losses = [baselines._read_losses(path.parent) for path in (folder / "outputs/artifacts/losses").glob("*/sets.json")]
+    losses = [searched_sets.read_losses(path.parent) for path in (folder / "outputs/artifacts/losses").glob("*/sets.json")]
     assert [len(table) for table in losses] == [9] * len(losses)
 
 

@@ -12,13 +12,13 @@ from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.curves import BudgetCurve, BudgetPoint, average_seeds
 from dynprune.evaluation.headline import HIGH_SPEEDUP, Headline, headline
 from dynprune.evaluation.table import TableRow
-from dynprune.stages.baselines import SEARCHED
 from dynprune.stages.evaluate import Evaluation
 from dynprune.stages.router import learns_from
 from dynprune.stages.router_rows import BUDGET_RULES, held_back_answers
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run
 from dynprune.stages.samples import run_rows
+from dynprune.stages.searched_sets import SEARCHED
 
 STATIC_CURVES = ("static", "static_accuracy")
 """The curves of searched static sets, of which the best on validation queries is what routers have to beat."""

@@ -7,8 +7,9 @@ wait for each other.
 import logging
 import math
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing import get_context, parent_process
+from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from queue import Empty
 from typing import Any, TypeVar
@@ -77,30 +78,35 @@ def shared_out(run: Run, job: Job[Item, Result], items: Sequence[Item], least: i
     try:
         for worker in workers.values():
             worker.start()
-        working = set(workers)
-        while working:
-            # Looked at before the queue is: what a process sent before it ended is in the queue then.
-            ended = [number for number in working if not workers[number].is_alive()]
-            try:
-                number, result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
-            except Empty:
-                if ended:
-                    raise RuntimeError(
-                        f"one of several processes ended with exit code {workers[ended[0]].exitcode}, for lack of memory "
-                        "perhaps; what is done is kept: type the same command again, with hardware.processes=1"
-                    ) from None
-                continue
-            if isinstance(result, str):
-                raise RuntimeError(f"one of several processes failed:\n{result}")
-            if result is None:
-                working.remove(number)
-            else:
-                yield from result
+        yield from _received(workers, results)
     finally:
         for worker in workers.values():
             if worker.is_alive():
                 worker.terminate()
                 worker.join()
+
+
+def _received(workers: Mapping[int, SpawnProcess], results: "Queue[tuple[int, list[Result] | str | None]]") -> Iterator[Result]:
+    """What the processes send, until all have said that they are done."""
+    working = set(workers)
+    while working:
+        # Looked at before the queue is: what a process sent before it ended is in the queue then.
+        ended = [number for number in working if not workers[number].is_alive()]
+        try:
+            number, result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        except Empty:
+            if ended:
+                raise RuntimeError(
+                    f"one of several processes ended with exit code {workers[ended[0]].exitcode}, for lack of memory "
+                    "perhaps; what is done is kept: type the same command again, with hardware.processes=1"
+                ) from None
+            continue
+        if isinstance(result, str):
+            raise RuntimeError(f"one of several processes failed:\n{result}")
+        if result is None:
+            working.remove(number)
+        else:
+            yield from result
 
 
 def _work(

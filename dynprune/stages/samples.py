@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dynprune.artifacts import Artifact
+from dynprune.artifacts import Artifact, fingerprint
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Asked, Sample, run_queries
@@ -55,7 +55,7 @@ class Answers:
             originals: What the unpruned SLM said to them, where it is known.
         """
         self.queries = queries
-        self.drafts: Mapping[str, tuple[tuple[int, ...], ...]] = {query.id: (run.tokens(query)[1],) for query in queries}
+        self.drafts: dict[str, tuple[tuple[int, ...], ...]] = {query.id: (run.tokens(query)[1],) for query in queries}
         self.known: dict[tuple[str, tuple[int, ...]], Sample] = {}
         self.chosen: dict[str, list[tuple[int, ...]]] = {}
         self.shown: set[tuple[str, str]] = set()
@@ -72,7 +72,7 @@ class Answers:
         for sample in samples:
             self.known[sample.id, sample.pruned_layers] = sample
             if not sample.pruned_layers and sample.token_ids not in self.drafts[sample.id]:
-                self.drafts = {**self.drafts, sample.id: (sample.token_ids, *self.drafts[sample.id])}
+                self.drafts[sample.id] = (sample.token_ids, *self.drafts[sample.id])
 
 
 def run_rows(run: Run, rows: Sequence[Row], answers: Answers) -> dict[str, list[Sample]]:
@@ -93,7 +93,7 @@ def run_rows(run: Run, rows: Sequence[Row], answers: Answers) -> dict[str, list[
     )
     lossless = [row for row in rows if row.drafting is not None]
     for group in (original, others):
-        there = [row for row in group if run.store.holds(**_identity(run, row, answers.queries))]
+        there = [row for row in group if run.store.holds("evaluate", fingerprint(**_identity(run, row, answers.queries)))]
         samples |= {row.name: _read_row(run, row, answers) for row in there}
         missing = [row for row in group if row.name not in samples]
         if missing:
@@ -167,6 +167,8 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
         # Gone where another process has just finished it, under its final name.
         with suppress(FileNotFoundError):
             answers.add(_read_parts(folder))
+    if all(key in answers.known for key in rows_of):
+        return
     # Mistakes are said here, before anything is left behind.
     check_job(run)
     configuration_mask(run.slm, [layers for _, layers in rows_of])
