@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.syntax import Syntax
 from rich.tree import Tree
 
 from dynprune.atomic import replacing
+from dynprune.messages import quieten
 from dynprune.paths import conf_dir
 
 log = logging.getLogger(__name__)
@@ -91,28 +91,10 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
         )
     from dynprune.stages.run import Run
 
-    _quieten_lightning()
+    quieten()
     _show(config)
     run = Run(config)
     stages[config.stage](run)
-
-
-def _quieten_lightning() -> None:
-    """Leaves out what Lightning says at each start and what is meant to be so."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        # A frozen encoder or SLM is in evaluation mode on purpose.
-        r"Found \d+ module\(s\) in eval mode",
-        # The streams count right on every rank and worker.
-        r"Your `IterableDataset` has `__len__` defined",
-        # The streams are cheaper than a worker process.
-        r"The '\w+' does not have many workers",
-        # Other libraries' own use of transformers and torch.
-        r"`is_gradient_checkpointing` is deprecated",
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _show(config: DictConfig) -> None:

@@ -6,6 +6,7 @@ wait for each other.
 
 import logging
 import math
+import os
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing import get_context, parent_process
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig
 
+from dynprune.messages import quieten
 from dynprune.slm.generation import check_batch_size
 from dynprune.slm.prompt_states import check_capacity
 from dynprune.stages.run import Run, portable_config
@@ -74,6 +76,8 @@ def shared_out(run: Run, job: Job[Item, Result], items: Sequence[Item], least: i
         )
         for number in range(processes)
     }
+    # Of no effect here, where tqdm has read it already: in the processes, bars of loading would run across this one's bar.
+    os.environ["TQDM_DISABLE"] = "1"
     log.info("sharing the work out to %d processes, %d threads each", processes, threads)
     try:
         for worker in workers.values():
@@ -120,6 +124,7 @@ def _work(
 ) -> None:
     """What one of several processes does: its share of the job, each result sent when it is there."""
     torch.set_num_threads(threads)
+    quieten()
     parent = parent_process()
     assert parent is not None
     try:
