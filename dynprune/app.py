@@ -38,6 +38,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.adapt import adapt
     from dynprune.stages.adapters import adapters
     from dynprune.stages.bench import bench
+    from dynprune.stages.compare import compare
     from dynprune.stages.explore import explore
     from dynprune.stages.pairs import pairs
     from dynprune.stages.report import report
@@ -52,6 +53,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
         "router": router,
         "evaluate": report,
         "report": report,
+        "compare": compare,
         "bench": bench,
     }
 
@@ -89,11 +91,15 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
             f"hardware.trainer.devices={config.hardware.trainer.devices} cannot run in a multirun: each process that Lightning "
             "starts would start the whole sweep again; type hardware.trainer.devices=1, or run the jobs one by one"
         )
-    from dynprune.stages.run import Run
+    from dynprune.evaluation.run_results import has_table_of
+    from dynprune.stages.run import Run, plain
 
+    run = Run(config)
+    if config.skip_completed and has_table_of(run.folder, plain(run.config)):
+        log.info("skipping %s, which has its table", os.path.relpath(run.folder))
+        return
     quieten()
     _show(config)
-    run = Run(config)
     stages[config.stage](run)
 
 

@@ -64,6 +64,9 @@ def test_every_command_runs_on_the_tiny_model(line, tmp_path):
     tiny = list(TINY)
     if "fbc" in line:
         tiny.append("++method.min_score=-10")
+    if "stage=compare" in line:
+        first = ["-m", *tiny, "evaluation.pruned_layers=[1],[2]"]
+        subprocess.run([sys.executable, "-m", "dynprune", *first], cwd=tmp_path, check=True, timeout=500)
     result = subprocess.run(
         [sys.executable, "-m", "dynprune", *words, *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )

@@ -7,19 +7,18 @@ scale of the original code (10 for a perfect answer, -5 for a malformed one) and
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rich.table
 from rich import box
 from rich.text import Text
 
 from dynprune.atomic import replacing
+from dynprune.evaluation.cells import ABSENT, cell, grid, json_value, listed, number, p_value, parts, stacked
 from dynprune.evaluation.comparisons import Comparison, SeedSummary
 from dynprune.evaluation.statistics import Interval, MedianInterval
 
@@ -35,8 +34,11 @@ SCORES = {
 _NOT_SHARES = {"partial_match"}
 _MAIN_SCORES = ("ast_match", "agreement")
 _LADDER = ("parse_rate", "name_match", "ast_match", "json_match")  # Each asks for more than the one before.
+COMPARISONS_TITLE = (
+    "**Comparisons**, paired by query. By functions: the interval where queries that share a function are resampled "
+    "together. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
+)
 _MEASURED = ("measured_speedup", "prefill_speedup", "decode_speedup", "seconds", "cache_mib")
-_ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def write_table(
         "config": config,
     }
     texts = {
-        "table.json": json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "table.json": json.dumps(json_value(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "table.csv": _csv(rows),
         "table.md": _markdown(rows, comparisons, seeds, machine, versions),
     }
@@ -182,13 +184,13 @@ def render_table(rows: Sequence[TableRow]) -> rich.table.Table:
     for header in (*map(score_label, _MAIN_SCORES), "layers", "nominal", "measured", "cut"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        main = [_stacked(row.scores[name], score_scale(name)) for name in _MAIN_SCORES]
+        main = [stacked(row.scores[name], score_scale(name)) for name in _MAIN_SCORES]
         table.add_row(
             Text(row.name, style="bold"),
             *main,
-            _number(row.mean_pruned_layers),
-            _number(100 * row.nominal_speedup),
-            _stacked(row.measured_speedup, 100),
+            number(row.mean_pruned_layers),
+            number(100 * row.nominal_speedup),
+            stacked(row.measured_speedup, 100),
             str(row.truncated),
         )
     return table
@@ -198,19 +200,6 @@ def _record(row: TableRow) -> dict[str, Any]:
     record = asdict(row)
     scores = record.pop("scores")
     return {"name": record.pop("name"), "n": record.pop("n"), **scores, **record}
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types: NaN and infinities become null, and what JSON does not know its text."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _csv(rows: Sequence[TableRow]) -> str:
@@ -230,7 +219,7 @@ def _csv(rows: Sequence[TableRow]) -> str:
                 flat |= {f"{key}_{name}": count for name, count in (value or {}).items()}
             else:
                 flat[key] = value
-        flat_rows.append(_plain(flat))
+        flat_rows.append(json_value(flat))
     # A dict, not a set, keeps the order of the columns.
     columns = list(dict.fromkeys(key for flat in flat_rows for key in flat))
     text = io.StringIO()
@@ -265,12 +254,9 @@ def _markdown(
         blocks += ["**Seeds**: AST match, averaged over seeds for each query; spread: standard deviation of the seeds' means."]
         blocks += [_seed_table(seeds)]
     if comparisons:
-        blocks += [
-            "**Comparisons**, paired by query. By functions: the interval where queries that share a function are resampled "
-            "together. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
-        ]
-        blocks += [_comparison_table(comparisons)]
-    blocks += [f"Machine: {_listed(machine)}.", f"Versions: {_listed(versions)}."]
+        blocks += [COMPARISONS_TITLE]
+        blocks += [comparison_table(comparisons)]
+    blocks += [f"Machine: {listed(machine)}.", f"Versions: {listed(versions)}."]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -284,30 +270,30 @@ def _main_table(rows: Sequence[TableRow]) -> str:
     ]
     lines = []
     for row in rows:
-        speedups = [_number(100 * row.nominal_speedup), _cell(row.measured_speedup, 100)]
+        speedups = [number(100 * row.nominal_speedup), cell(row.measured_speedup, 100)]
         scores = [_score(row, name) for name in _MAIN_SCORES]
-        lines.append([row.name, *scores, _number(row.mean_pruned_layers), *speedups])
-    return _grid(header, lines)
+        lines.append([row.name, *scores, number(row.mean_pruned_layers), *speedups])
+    return grid(header, lines)
 
 
 def _ladder(rows: Sequence[TableRow]) -> str:
-    return _grid(["Row", *map(_header, _LADDER)], [[row.name, *(_score(row, name) for name in _LADDER)] for row in rows])
+    return grid(["Row", *map(_header, _LADDER)], [[row.name, *(_score(row, name) for name in _LADDER)] for row in rows])
 
 
 def _score_table(rows: Sequence[TableRow]) -> str:
     shown = {*_MAIN_SCORES, *_LADDER}
     names = [name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in shown]
     lines = [[row.name, str(row.n), *(_score(row, name) for name in names), str(row.truncated)] for row in rows]
-    return _grid(["Row", "n", *map(_header, names), "Truncated"], lines)
+    return grid(["Row", "n", *map(_header, names), "Truncated"], lines)
 
 
 def _time_table(rows: Sequence[TableRow]) -> str:
     header = ["Row", "Timed queries", "Prefill speedup, %", "Decode speedup, %", "Seconds per query", "Cache per query, MiB"]
     lines = []
     for row in rows:
-        speedups = [_cell(row.prefill_speedup, 100), _cell(row.decode_speedup, 100)]
-        lines.append([row.name, str(row.timed), *speedups, _cell(row.seconds, 1, digits=2), _cell(row.cache_mib, 1)])
-    return _grid(header, lines)
+        speedups = [cell(row.prefill_speedup, 100), cell(row.decode_speedup, 100)]
+        lines.append([row.name, str(row.timed), *speedups, cell(row.seconds, 1, digits=2), cell(row.cache_mib, 1)])
+    return grid(header, lines)
 
 
 def _lossless_table(rows: Sequence[TableRow]) -> str:
@@ -323,38 +309,31 @@ def _lossless_table(rows: Sequence[TableRow]) -> str:
     lines = []
     for row in rows:
         if (drafts := row.lossless) is not None:
-            shares = [_number(100 * drafts.accepted / drafts.tokens), _number(100 * drafts.accepted / max(1, drafts.proposed))]
-            rates = [_number(drafts.tokens / drafts.passes, 2), _number(drafts.draft_passes / drafts.passes, 2)]
+            shares = [number(100 * drafts.accepted / drafts.tokens), number(100 * drafts.accepted / max(1, drafts.proposed))]
+            rates = [number(drafts.tokens / drafts.passes, 2), number(drafts.draft_passes / drafts.passes, 2)]
             lines.append([row.name, *shares, *rates, f"{drafts.near_ties} of {row.n}", f"{drafts.unexplained} of {row.n}"])
-    return _grid(header, lines)
+    return grid(header, lines)
 
 
 def _seed_table(seeds: Mapping[str, SeedSummary]) -> str:
     lines = [
-        [name, str(s.seeds), _cell(s.mean, 100), _number(100 * s.spread) if s.spread is not None else _ABSENT]
+        [name, str(s.seeds), cell(s.mean, 100), number(100 * s.spread) if s.spread is not None else ABSENT]
         for name, s in seeds.items()
     ]
-    return _grid(["Row", "Seeds", "AST match, %", "Spread, points"], lines)
+    return grid(["Row", "Seeds", "AST match, %", "Spread, points"], lines)
 
 
-def _comparison_table(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Comparisons as a Markdown table; what it shows is said by `COMPARISONS_TITLE`."""
     lines = []
     for c in comparisons:
-        difference = _cell(c.difference, score_scale(c.score))
+        difference = cell(c.difference, score_scale(c.score))
         counts = [f"{c.wins} of {c.n}", f"{c.losses} of {c.n}"]
-        p_values = [_p_value(c.p_value), _p_value(c.p_holm)]
-        grouped = _parts(c.difference_by_group, score_scale(c.score))[1] or _ABSENT
+        p_values = [p_value(c.p_value), p_value(c.p_holm)]
+        grouped = parts(c.difference_by_group, score_scale(c.score))[1] or ABSENT
         lines.append([c.row, c.baseline, score_label(c.score), difference, grouped, *counts, *p_values])
     header = ["Row", "Against", "Score", "Difference, points", "By functions", "Better", "Worse", "p", "p (Holm)"]
-    return _grid(header, lines)
-
-
-def _grid(header: list[str], lines: list[list[str]]) -> str:
-    def join(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |"
-    return "\n".join([join(header), rule, *(join(line) for line in lines)])
+    return grid(header, lines)
 
 
 def _header(score: str) -> str:
@@ -362,36 +341,4 @@ def _header(score: str) -> str:
 
 
 def _score(row: TableRow, name: str) -> str:
-    return _cell(row.scores.get(name), score_scale(name))
-
-
-def _parts(interval: Interval | MedianInterval | None, scale: float, digits: int = 1) -> tuple[str, str]:
-    if interval is None:
-        return _ABSENT, ""
-    center = interval.mean if isinstance(interval, Interval) else interval.median
-    low, high = (_number(scale * bound, digits) for bound in (interval.low, interval.high))
-    return _number(scale * center, digits), f"[{low}, {high}]"
-
-
-def _cell(interval: Interval | MedianInterval | None, scale: float, digits: int = 1) -> str:
-    return " ".join(_parts(interval, scale, digits)).rstrip()
-
-
-def _stacked(interval: Interval | MedianInterval | None, scale: float) -> Text:
-    center, bounds = _parts(interval, scale)
-    return Text.assemble(center, "\n", (bounds, "dim")) if bounds else Text(center)
-
-
-def _number(value: float, digits: int = 1) -> str:
-    # Adding 0.0 turns the -0.0 of a rounded tiny negative into 0.0.
-    return f"{round(value, digits) + 0.0:.{digits}f}" if math.isfinite(value) else _ABSENT
-
-
-def _p_value(p: float | None) -> str:
-    if p is None:
-        return _ABSENT
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _listed(items: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in items.items() if value is not None)
+    return cell(row.scores.get(name), score_scale(name))

@@ -1,0 +1,62 @@
+"""What a sweep does beyond running its jobs: it goes on where one fails, and ends with one comparison.
+
+Hydra calls it (``hydra.callbacks``); it is constructed at every start, so what it needs is imported where it is used.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+_WITH_A_TABLE = ("all", "evaluate", "report")
+
+
+class CompareJobs(Callback):
+    """Compares the jobs of a sweep; a job that failed is a line that says why."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Notes why a job failed, and lets the sweep go on: Hydra would end it without a comparison."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        from dynprune.evaluation.run_results import forget_failure, write_failure
+
+        folder = Path(config.hydra.runtime.output_dir)
+        if job_return.status != JobStatus.FAILED:
+            forget_failure(folder)
+            return
+        error: BaseException = job_return._return_value
+        if isinstance(error, InstantiationException) and error.__cause__ is not None:
+            error = error.__cause__
+        log.error("job %s failed: %s", config.hydra.job.num, error, exc_info=None if isinstance(error, ValueError) else error)
+        write_failure(folder, error)
+        job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Writes and prints the comparison.
+
+        Raises:
+            SystemExit: A job failed.
+        """
+        from dynprune.evaluation.run_results import failure_of, is_run
+        from dynprune.stages.compare import show_comparison
+
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [path for path in folder.glob("*") if is_run(path)]
+        if config.stage in _WITH_A_TABLE and jobs:
+            show_comparison(jobs, folder)
+        failed = [path for path in jobs if failure_of(path) is not None]
+        if failed:
+            log.error(
+                "%d of %d jobs failed; to run them alone, type the same command with hydra.sweep.dir=%s skip_completed=true",
+                len(failed),
+                len(jobs),
+                folder,
+            )
+            sys.exit(1)

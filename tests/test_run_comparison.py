@@ -1,0 +1,201 @@
+"""Runs read back from folders that the test writes, with figures that can be counted by hand."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+
+from dynprune.evaluation.run_comparison import compare_runs, render_comparison, write_comparison
+from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure
+
+SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
+
+
+def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1):
+    """A run's folder; rows: by name, whether each answer is right, and what was said."""
+    (folder / "report/samples").mkdir(parents=True)
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
+    records = []
+    for name, right in rows.items():
+        samples = [
+            {"id": f"q{i}", "output": f"{name} {r}" if name != "original" else "full", "scores": dict.fromkeys(SCORES, r)}
+            for i, r in enumerate(right)
+        ]
+        (folder / f"report/samples/{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        records.append(
+            {
+                "name": name,
+                "n": len(right),
+                "mean_pruned_layers": (layers or {}).get(name, 0.0),
+                "nominal_speedup": 0.2,
+                "measured_speedup": {"median": speedup, "low": 0.0, "high": 0.3},
+                "timed": 4,
+                "truncated": 1,
+            }
+        )
+    seed = next((int(o.partition("=")[2]) for o in overrides if o.startswith("seed=")), 0)
+    config = {"seed": seed, "name": folder.name, "evaluation": {"router_seeds": list(seeds)}, "method": "x"}
+    table = {"rows": records, "machine": {"cpu": "one", "cores": 2}, "config": config}
+    (folder / "report/table.json").write_text(json.dumps(table))
+    return read_run(folder)
+
+
+def entries_of(comparison):
+    return {(entry.setting, entry.row): entry for entry in comparison.entries}
+
+
+def test_seeds_are_averaged_query_by_query_and_settings_are_tested_in_pairs(tmp_path):
+    answers = {
+        ("fbc", 1): [1, 1, 0, 0, 0, 0],
+        ("fbc", 2): [1, 0, 0, 0, 0, 0],
+        ("dpo", 1): [1, 1, 1, 1, 0, 0],
+        ("dpo", 2): [1, 1, 1, 1, 1, 1],
+    }
+    runs = [
+        write_run(
+            tmp_path / f"{i}_{method}",
+            ["experiment=tiny", f"method={method}", f"seed={seed}"],
+            {"original": [1] * 6, f"router-{method}": right},
+            speedup=0.1 * seed,
+        )
+        for i, ((method, seed), right) in enumerate(answers.items())
+    ]
+    comparison = compare_runs(runs)
+    entries = entries_of(comparison)
+    assert list(entries) == [("", "original"), ("method=fbc", "router-fbc"), ("method=dpo", "router-dpo")]
+    fbc, dpo = entries["method=fbc", "router-fbc"], entries["method=dpo", "router-dpo"]
+    assert (fbc.summary.seeds, dpo.summary.seeds) == (2, 2)
+    assert fbc.summary.mean.mean == pytest.approx(3 / 12)
+    assert dpo.summary.mean.mean == pytest.approx(10 / 12)
+    # The seeds' means are 2/6 and 1/6, and 4/6 and 1.
+    assert fbc.summary.spread == pytest.approx(np.std([2 / 6, 1 / 6], ddof=1))
+    assert dpo.summary.spread == pytest.approx(np.std([4 / 6, 1], ddof=1))
+    assert fbc.table_row.measured_speedup.median == pytest.approx(0.15)
+    assert (fbc.table_row.measured_speedup.low, fbc.table_row.measured_speedup.high) == (0.1, 0.2)
+    # The routers of two methods stand for each other.
+    [test] = [c for c in comparison.comparisons if (c.row, c.baseline) == ("router-dpo", "router-fbc")]
+    assert test.difference.mean == pytest.approx(7 / 12)
+    # Queries 2 to 6 are better by 1/2, 1, 1, 1/2 and 1/2; of their 32 signs two give a sum as far from 0.
+    assert (test.wins, test.losses) == (5, 0)
+    assert test.p_value == pytest.approx(2 / 32)
+    assert {(c.row, c.baseline) for c in comparison.comparisons if c.baseline == "original"} == {
+        ("router-fbc", "original"),
+        ("router-dpo", "original"),
+    }
+
+
+def test_a_row_that_says_the_same_under_all_settings_stands_there_once(tmp_path):
+    runs = [
+        write_run(
+            tmp_path / f"{i}",
+            ["method=dpo", f"method.module.beta={beta}", f"seed={seed}"],
+            # The static set is one a seed, whatever the setting.
+            {"original": [1, 1], "static-2": [seed, 0], "router-dpo": [0, beta > 1]},
+            layers={"static-2": 2, "router-dpo": 2.4},
+        )
+        for i, (beta, seed) in enumerate([(0.5, 0), (0.5, 1), (2.0, 0), (2.0, 1)])
+    ]
+    comparison = compare_runs(runs)
+    entries = entries_of(comparison)
+    assert set(entries) == {("", "original"), ("", "static-2"), ("beta=0.5", "router-dpo"), ("beta=2.0", "router-dpo")}
+    assert entries["", "static-2"].summary.seeds == 2
+    # What has nothing to do with the seed is one row.
+    assert entries["", "original"].summary.seeds == 1
+    tested = {(c.row, c.baseline) for c in comparison.comparisons}
+    assert ("router-dpo beta=2.0", "router-dpo beta=0.5") in tested
+    assert ("router-dpo beta=2.0", "static-2") in tested
+
+
+def test_seeds_within_a_run_are_seeds(tmp_path):
+    rows = {"original": [1, 1], "router-dpo-s3": [1, 0], "router-dpo-s4": [1, 1], "router-dpo-s3@0.1": [0, 0]}
+    entries = entries_of(compare_runs([write_run(tmp_path / "run", [], rows | {"router-dpo-s4@0.1": [0, 1]}, seeds=[3, 4])]))
+    assert entries["", "router-dpo"].summary.mean.mean == pytest.approx(3 / 4)
+    assert entries["", "router-dpo@0.1"].summary.mean.mean == pytest.approx(1 / 4)
+
+
+def test_runs_that_were_typed_alike_are_told_apart_by_their_folders(tmp_path):
+    runs = [
+        write_run(tmp_path / name, ["seed=1"], {"original": [1], "router-dpo": [right]}) for name, right in [("a", 0), ("b", 1)]
+    ]
+    assert set(entries_of(compare_runs(runs))) == {("", "original"), ("a", "router-dpo"), ("b", "router-dpo")}
+
+
+def test_rows_on_other_queries_are_not_tested_against_each_other(tmp_path):
+    runs = [
+        write_run(tmp_path / "short", ["evaluation.max_queries=2"], {"original": [1, 0], "router-dpo": [1, 1]}),
+        write_run(tmp_path / "long", ["evaluation.max_queries=3"], {"original": [1, 0, 1], "router-dpo": [1, 1, 1]}),
+    ]
+    comparison = compare_runs(runs)
+    assert len(comparison.entries) == 4
+    assert comparison.comparisons == []
+
+
+def test_a_failed_run_says_why_in_every_file(tmp_path):
+    good = write_run(tmp_path / "0_good", ["method=dpo"], {"original": [1, 0], "router-dpo": [1, 1]})
+    bad = tmp_path / "1_bad"
+    (bad / ".hydra").mkdir(parents=True)
+    (bad / ".hydra/overrides.yaml").write_text("[method=orpo, seed=2]")
+    write_failure(bad, ValueError("router.k_max=99 is not possible\nmore"))
+    killed = tmp_path / "2_killed"
+    (killed / ".hydra").mkdir(parents=True)
+    (killed / ".hydra/overrides.yaml").write_text("[method=kto]")
+    assert all(map(is_run, (bad, killed)))
+    comparison = compare_runs([good, read_run(bad), read_run(killed)])
+    written = {path.name: path for path in write_comparison(comparison, tmp_path / "out")}
+    assert set(written) == {"comparison.json", "comparison.csv", "comparison.md", "comparison.png"}
+    document = json.loads(written["comparison.json"].read_text())
+    assert [(f["setting"], f["seed"], f["reason"]) for f in document["failed"]] == [
+        ("method=orpo", "2", "router.k_max=99 is not possible"),
+        ("method=kto", "", "it has not ended, or was killed"),
+    ]
+    assert "router.k_max=99 is not possible" in written["comparison.md"].read_text()
+    lines = list(csv.DictReader(written["comparison.csv"].open()))
+    assert [line["failed"] for line in lines] == ["", "", "router.k_max=99 is not possible", "it has not ended, or was killed"]
+    assert float(lines[1]["ast_match"]) == 1.0
+    assert render_comparison(comparison).renderables
+
+
+def test_a_crash_is_named_by_its_kind(tmp_path):
+    write_failure(tmp_path, RuntimeError("CUDA out of memory"))
+    assert read_run(tmp_path).failure == "RuntimeError: CUDA out of memory"
+
+
+def test_without_a_single_table_there_is_no_figure(tmp_path):
+    write_failure(tmp_path / "0_bad", RuntimeError("no"))
+    written = write_comparison(compare_runs([read_run(tmp_path / "0_bad")]), tmp_path / "out")
+    assert {path.name for path in written} == {"comparison.json", "comparison.csv", "comparison.md"}
+
+
+def test_no_runs_are_refused():
+    with pytest.raises(ValueError, match="no runs to compare; type stage=compare"):
+        compare_runs([])
+
+
+def test_a_broken_table_is_named(tmp_path):
+    write_run(tmp_path / "run", [], {"original": [1]})
+    (tmp_path / "run/report/table.json").write_text('{"rows": []')
+    with pytest.raises(ValueError, match=r"report is broken .* run it again"):
+        read_run(tmp_path / "run")
+
+
+def test_a_table_is_that_of_a_configuration_wherever_it_was_run(tmp_path):
+    write_run(tmp_path / "run", [], {"original": [1]})
+    config = {"seed": 0, "name": "other", "evaluation": {"router_seeds": []}, "method": "x", "paths": {"run": "elsewhere"}}
+    assert has_table_of(tmp_path / "run", config)
+    assert not has_table_of(tmp_path / "run", config | {"method": "y"})
+    assert not has_table_of(tmp_path, config)
+    write_failure(tmp_path / "run", ValueError("later"))
+    assert not has_table_of(tmp_path / "run", config)
+
+
+def test_intervals_are_those_of_the_averages(tmp_path):
+    run = write_run(tmp_path / "run", [], {"original": [1, 1, 0, 0], "router-dpo": [1, 0, 0, 0]})
+    interval = entries_of(compare_runs([run]))["", "router-dpo"].table_row.scores["ast_match"]
+    # Wilson's interval of 1 in 4, by its formula.
+    z, n, p = 1.959963984540054, 4, 0.25
+    center, half = (p + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    assert (interval.low, interval.high) == (pytest.approx(center - half), pytest.approx(center + half))

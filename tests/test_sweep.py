@@ -1,0 +1,59 @@
+"""A sweep as typed: it goes on where a job fails, ends with a comparison, and can be finished later."""
+
+import json
+
+import pytest
+from tiny import dynprune
+
+SWEEP = ("-m", "experiment=tiny", "evaluation.latency.queries=0", "evaluation.max_queries=4", "method=dpo,orpo")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    result = dynprune(folder, *SWEEP, "router.k_max=2,99", check=False)
+    [sweep] = (folder / "outputs/multiruns").iterdir()
+    return folder, sweep, result
+
+
+def test_a_sweep_ends_with_a_comparison_in_which_failed_jobs_say_why(swept):
+    _, sweep, result = swept
+    assert result.returncode == 1
+    document = json.loads((sweep / "comparison.json").read_text())
+    rows = {(entry["setting"], entry["row"]) for entry in document["entries"]}
+    assert {("", "original"), ("method=dpo, k_max=2", "router-dpo"), ("method=orpo, k_max=2", "router-orpo")} <= rows
+    assert [failure["setting"] for failure in document["failed"]] == ["method=dpo, k_max=99", "method=orpo, k_max=99"]
+    assert all("router.k_max=99" in failure["reason"] for failure in document["failed"])
+    assert "Comparison of runs" in result.stdout
+    assert {path.name for path in sweep.glob("comparison.*")} == {f"comparison.{end}" for end in ("json", "csv", "md", "png")}
+    # A user's mistake is said, not traced.
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_sweep_that_was_cut_off_is_finished_without_doing_anything_twice(swept):
+    folder, sweep, result = swept
+    assert f"hydra.sweep.dir={sweep.relative_to(folder)} skip_completed=true" in result.stdout
+    place = f"hydra.sweep.dir={sweep.relative_to(folder)}"
+    tables = {path: path.stat().st_mtime_ns for path in sweep.glob("*/report/table.json")}
+    again = dynprune(folder, *SWEEP, "router.k_max=2,99", place, "skip_completed=true", check=False)
+    assert len(tables) == 2
+    assert again.stdout.count("which has its table") == 2
+    assert {path: path.stat().st_mtime_ns for path in sweep.glob("*/report/table.json")} == tables
+    assert len(json.loads((sweep / "comparison.json").read_text())["failed"]) == 2
+
+
+def test_runs_are_compared_later_too(swept):
+    folder, sweep, _ = swept
+    said = dynprune(folder, "stage=compare", f"runs={sweep.relative_to(folder)}/*", "name=later").stdout
+    assert "Comparison of runs" in said
+    later, first = (json.loads((place / "comparison.json").read_text()) for place in (folder / "outputs/later", sweep))
+    assert later["entries"] == first["entries"]
+    assert later["comparisons"] == first["comparisons"]
+
+
+@pytest.mark.parametrize(("typed", "said"), [((), "needs runs"), (("runs=outputs/nothing/*",), "matches no folder of a run")])
+def test_there_must_be_runs_to_compare(swept, typed, said):
+    folder, _, _ = swept
+    result = dynprune(folder, "stage=compare", *typed, check=False)
+    assert result.returncode == 1
+    assert said in result.stdout
