@@ -16,8 +16,10 @@ from dynprune.evaluation.figures import (
     budget_curve,
     build_accuracy_speedup,
     build_budget_curve,
+    build_layer_counts,
     build_layer_error,
     build_layers_pruned,
+    build_training_curves,
     layer_error,
     layers_pruned,
 )
@@ -25,6 +27,7 @@ from dynprune.evaluation.labels import Label, place_labels
 from dynprune.evaluation.statistics import Interval, MedianInterval, mean_interval
 from dynprune.evaluation.style import row_color
 from dynprune.evaluation.table import SCORES, TableRow
+from dynprune.evaluation.training_curves import TrainingCurve, read_curve
 
 
 def make_row(name, layers, accuracy, speedup, nominal):
@@ -351,3 +354,43 @@ def test_drawing_changes_no_global_state_of_matplotlib(tmp_path):
     accuracy_speedup(SPREAD_ROWS, tmp_path / "figure.png")
     assert dict(matplotlib.rcParams) == settings
     assert matplotlib.pyplot.get_fignums() == []
+
+
+def test_the_strip_of_a_row_says_how_often_it_prunes_so_many_layers():
+    figure = build_layer_counts({"router-dpo": [0, 2, 2, 3], "oracle-0": [5, 5, 5, 5]})
+    strips = {mesh.get_gid(): mesh.get_array().ravel() for mesh in figure.axes[0].collections}
+    np.testing.assert_allclose(strips["router-dpo"], [0.25, 0, 0.5, 0.25, 0, 0])
+    np.testing.assert_allclose(strips["oracle-0"], [0, 0, 0, 0, 0, 1])
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert {"1.8", "5.0"} <= set(texts)
+
+
+@pytest.mark.parametrize("counts", [{}, {"router-dpo": []}])
+def test_numbers_of_pruned_layers_need_rows_and_queries(counts):
+    with pytest.raises(ValueError, match="needs at least one row, and each row at least one query"):
+        build_layer_counts(counts)
+
+
+def test_training_curves_have_a_panel_for_each_method_and_one_for_the_order():
+    curve = TrainingCurve([0, 1], [0.7, 0.6], [0.69, 0.68], [0.5, 0.6])
+    figure = build_training_curves({"dpo": [curve, curve], "fbc": [curve]})
+    dpo, fbc, order = figure.axes
+    assert [len(ax.lines) for ax in (dpo, fbc)] == [4, 2]
+    # A line for each seed, and the level of guessing.
+    assert [list(line.get_ydata()) for line in order.lines[:3]] == [[50, 60]] * 3
+    assert to_hex(dpo.lines[0].get_color()) == to_hex(row_color("router-dpo@0.1"))
+
+
+def test_training_curves_need_a_router():
+    with pytest.raises(ValueError, match="at least one router"):
+        build_training_curves({})
+
+
+def test_a_curve_is_read_epoch_by_epoch_from_what_lightning_logged(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "epoch,step,train/loss,validation/loss,validation/rewards/accuracies\n"
+        "0,0,0.8,,\n0,1,0.6,,\n0,1,,0.65,0.5\n1,2,0.5,,\n1,2,,0.6,0.75\n"
+        # The best checkpoint is validated once more, and an epoch may have been cut off.
+        "2,3,,0.6,0.75\n3,4,0.1,,\n"
+    )
+    assert read_curve(tmp_path / "metrics.csv") == TrainingCurve([0, 1], [pytest.approx(0.7), 0.5], [0.65, 0.6], [0.5, 0.75])

@@ -54,11 +54,15 @@ def test_one_command_makes_the_table_and_the_pictures(tiny):
     assert {"machine", "versions", "config"} <= set(table)
     assert table["config"]["paths"]["run"] == "outputs/first"
     assert str(folder) not in json.dumps(table)
-    for name in ("accuracy_speedup.png", "layer_error.png", "layers_pruned.png"):
+    figures = ("accuracy_speedup.png", "layer_error.png", "layers_pruned.png", "layer_counts.png", "training_curves.png")
+    for name in figures:
         assert (report / name).read_bytes().startswith(b"\x89PNG")
         assert name in said
     assert (report / "table.md").exists()
     assert (report / "table.csv").exists()
+    html = (report / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(list(report.glob("*.png")))
+    assert samples_of(folder, "first", "router-dpo")[0]["id"] in html
     samples = [json.loads(line) for line in (report / "samples/router-dpo.jsonl").read_text().splitlines()]
     assert sum(len(s["pruned_layers"]) for s in samples) / 8 == router["mean_pruned_layers"]
 

@@ -1,7 +1,8 @@
-"""How figures are written in tables: numbers with their intervals, grids of Markdown, values for JSON."""
+"""How figures are written in tables: numbers with their intervals, grids, values for JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,31 @@ def json_value(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def grid(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are figures."""
+@dataclass(frozen=True)
+class Grid:
+    """A table of text: what stands in Markdown and in a report.
 
-    def join(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    Attributes:
+        title: What it shows, in a few words.
+        note: What goes on after the title, as a sentence.
+        header: The columns' names; all columns but the first are figures.
+        lines: The rows' cells.
+    """
 
-    rule = "| " + " | ".join(["---"] + ["---:"] * (len(header) - 1)) + " |"
-    return "\n".join([join(header), rule, *(join(line) for line in lines)])
+    title: str
+    note: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The title and the table as Markdown."""
+
+        def join(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        rule = "| " + " | ".join(["---"] + ["---:"] * (len(self.header) - 1)) + " |"
+        table = "\n".join([join(self.header), rule, *(join(line) for line in self.lines)])
+        return f"**{self.title}**{self.note}\n\n{table}"
 
 
 def parts(interval: Interval | MedianInterval | None, scale: float, digits: int = 1) -> tuple[str, str]:

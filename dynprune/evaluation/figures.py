@@ -1,11 +1,12 @@
-"""The four figures: what pruning costs and saves, the same at every budget, what adapters cannot replace, what is pruned.
+"""The figures: what pruning costs and saves, what adapters cannot replace, what is pruned, how routers learned.
 
 Each has a function that builds the matplotlib `Figure` and one that builds and writes it. How they look is in
 `dynprune.evaluation.style`.
 
-Axis suffixes: L = layers, P = points of a curve.
+Axis suffixes: L = layers, P = points of a curve, X = cells of a strip.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -39,6 +40,7 @@ from dynprune.evaluation.style import (
     write_title,
 )
 from dynprune.evaluation.table import TableRow, count_label, score_label, score_scale
+from dynprune.evaluation.training_curves import TrainingCurve
 
 
 def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -> Figure:
@@ -204,30 +206,7 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
                 f"Row {name!r} needs a share between 0 and 1 for each of the {num_layers} layers in the "
                 f"figure of pruned layers."
             )
-    rows_height = 0.36 * len(frequency)
-    height = rows_height + 1.35
-    figure, ax = canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
-    longest = max(text_size(figure, name, 9.5)[0] for name in frequency)
-    figure.subplots_adjust(left=0.045 + longest / figure.bbox.width)
-    for position, (name, share_L) in enumerate(frequency.items()):
-        shades = LinearSegmentedColormap.from_list(name, ["#f1f1f1", row_color(name)])
-        strip = np.asarray(share_L, dtype=np.float64)[None]
-        edges = np.arange(num_layers + 1) - 0.5
-        mesh = ax.pcolormesh(edges, [position - 0.4, position + 0.4], strip, cmap=shades, vmin=0, vmax=1, ec="white", lw=1.2)
-        mesh.set_gid(name)
-        name_style = {"ha": "right", "color": row_color(name), "weight": "bold"}
-        _write_beside(ax, (0, position), -8, name, name_style)
-        _write_beside(ax, (1, position), 8, f"{strip.sum():.1f}", {"color": INK})
-        if num_layers <= 32:
-            _write_shares(ax, share_L, position, shades)
-    _write_beside(ax, (1, -0.75), 8, "mean", {"color": GREY})
-    finish_axes(ax, "", "Layer")
-    ax.grid(False)
-    ax.spines["bottom"].set_visible(False)
-    ax.set_yticks([])
-    ax.set_xlim(-0.5, num_layers - 0.5)
-    ax.set_ylim(len(frequency) - 0.5, -0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    figure = _draw_strips(frequency, {name: sum(share_L) for name, share_L in frequency.items()}, "Layer")
     write_title(figure, "Which layers are pruned", "Share of queries, in %; right: pruned layers per query.")
     return figure
 
@@ -235,6 +214,107 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
 def layers_pruned(frequency: Mapping[str, Sequence[float]], path: Path) -> None:
     """Writes the figure of `build_layers_pruned` to `path`."""
     save(build_layers_pruned(frequency), path)
+
+
+def build_layer_counts(counts: Mapping[str, Sequence[int]]) -> Figure:
+    """Draws how many layers each row prunes: one strip a row, one cell a number of layers.
+
+    Args:
+        counts: By row name, the number of pruned layers for each query.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There are no rows, or a row has no queries.
+    """
+    if not counts or not all(counts.values()):
+        raise ValueError("The figure of numbers of pruned layers needs at least one row, and each row at least one query.")
+    largest = max(max(of_row) for of_row in counts.values())
+    shares = {name: np.bincount(of_row, minlength=largest + 1) / len(of_row) for name, of_row in counts.items()}
+    figure = _draw_strips(shares, {name: float(np.mean(of_row)) for name, of_row in counts.items()}, "Pruned layers")
+    write_title(figure, "How many layers are pruned", "Share of queries, in %; right: pruned layers per query.")
+    return figure
+
+
+def layer_counts(counts: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Writes the figure of `build_layer_counts` to `path`."""
+    save(build_layer_counts(counts), path)
+
+
+def build_training_curves(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:
+    """Draws how routers learned: a panel for each method's losses, and one for the order of held-out pairs.
+
+    Args:
+        curves: By method, a curve for each seed.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There are no curves.
+    """
+    if not curves:
+        raise ValueError("The figure of training curves needs the curve of at least one router.")
+    panels = len(curves) + 1
+    columns = min(3, panels)
+    lines = math.ceil(panels / columns)
+    height = 1.35 + 2.1 * lines
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI / 2, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure.subplots_adjust(left=0.06, right=0.975, bottom=0.55 / height, top=1 - 0.95 / height, hspace=0.6, wspace=0.3)
+    for ax in axes[panels:]:
+        ax.remove()
+    *losses, order = axes[:panels]
+    for ax, (method, seeds) in zip(losses, curves.items(), strict=True):
+        color = row_color(f"router-{method}")
+        for curve in seeds:
+            ax.plot(curve.epochs, curve.training_loss, color=color, lw=1.2, alpha=0.6, ls=(0, (3, 2)))
+            ax.plot(curve.epochs, curve.validation_loss, color=color, lw=1.5)
+            order.plot(curve.epochs, [100 * share for share in curve.preference_accuracy], color=color, lw=1.5, alpha=0.8)
+        ax.set_title(f"{method}: loss", loc="left", fontsize=9.5, color=color, weight="bold")
+    order.axhline(50, color=GREY, lw=0.9, ls=(0, (2, 2)), zorder=1)
+    order.set_title("Held-out pairs in order, %", loc="left", fontsize=9.5, color=INK, weight="bold")
+    for ax in axes[:panels]:
+        finish_axes(ax, "", "Epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    write_title(figure, "How the routers learned", "Dashed: on the train split. Solid: on held-out queries. One line a seed.")
+    return figure
+
+
+def training_curves(curves: Mapping[str, Sequence[TrainingCurve]], path: Path) -> None:
+    """Writes the figure of `build_training_curves` to `path`."""
+    save(build_training_curves(curves), path)
+
+
+def _draw_strips(shares: Mapping[str, npt.ArrayLike], means: Mapping[str, float], x_label: str) -> Figure:
+    """One strip a row, one cell a value, darker for a larger share; beside the strip its mean."""
+    cells = len(np.asarray(next(iter(shares.values()))))
+    height = 0.36 * len(shares) + 1.35
+    figure, ax = canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
+    longest = max(text_size(figure, name, 9.5)[0] for name in shares)
+    figure.subplots_adjust(left=0.045 + longest / figure.bbox.width)
+    for position, (name, share_X) in enumerate(shares.items()):
+        shades = LinearSegmentedColormap.from_list(name, ["#f1f1f1", row_color(name)])
+        strip = np.asarray(share_X, dtype=np.float64)[None]
+        edges = np.arange(cells + 1) - 0.5
+        mesh = ax.pcolormesh(edges, [position - 0.4, position + 0.4], strip, cmap=shades, vmin=0, vmax=1, ec="white", lw=1.2)
+        mesh.set_gid(name)
+        name_style = {"ha": "right", "color": row_color(name), "weight": "bold"}
+        _write_beside(ax, (0, position), -8, name, name_style)
+        _write_beside(ax, (1, position), 8, f"{means[name]:.1f}", {"color": INK})
+        if cells <= 32:
+            _write_shares(ax, strip[0], position, shades)
+    _write_beside(ax, (1, -0.75), 8, "mean", {"color": GREY})
+    finish_axes(ax, "", x_label)
+    ax.grid(False)
+    ax.spines["bottom"].set_visible(False)
+    ax.set_yticks([])
+    ax.set_xlim(-0.5, cells - 0.5)
+    ax.set_ylim(len(shares) - 0.5, -0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    return figure
 
 
 def _speedup(row: TableRow) -> float:
@@ -346,9 +426,9 @@ def _write_beside(ax: Axes, at: tuple[float, float], offset_pt: float, text: str
     )
 
 
-def _write_shares(ax: Axes, share_L: Sequence[float], position: int, shades: Colormap) -> None:
-    for layer, share in enumerate(share_L):
+def _write_shares(ax: Axes, share_X: npt.NDArray[np.float64], position: int, shades: Colormap) -> None:
+    for at, share in enumerate(share_X):
         if 0.005 <= share < 0.995:
             luma = float(np.dot(shades(share)[:3], (0.299, 0.587, 0.114)))
             ink = "white" if luma < 0.55 else INK
-            ax.text(layer, position, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)
+            ax.text(at, position, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=7)

@@ -25,13 +25,13 @@ from rich.text import Text
 
 from dynprune.atomic import replacing
 from dynprune.evaluation.accuracy import RIGHT_BY
-from dynprune.evaluation.cells import ABSENT, cell, grid, json_value, number, stacked
+from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, number, stacked
 from dynprune.evaluation.comparisons import Comparison, SeedSummary, compare, over_seeds
 from dynprune.evaluation.figures import accuracy_speedup
 from dynprune.evaluation.run_results import RowResult, RunResult
 from dynprune.evaluation.statistics import MedianInterval, mean_interval
 from dynprune.evaluation.style import method_of
-from dynprune.evaluation.table import COMPARISONS_TITLE, SCORES, TableRow, comparison_table, score_label
+from dynprune.evaluation.table import SCORES, TableRow, comparison_grid, score_label
 
 # Said by every run, or where and how it runs, not what.
 _NO_SETTING = {"seed", "name", "stage", "runs", "skip_completed", "logger", "debug"}
@@ -344,7 +344,8 @@ def _csv(comparison: RunComparison) -> str:
     return text.getvalue()
 
 
-def _markdown(comparison: RunComparison) -> str:
+def comparison_grids(comparison: RunComparison) -> list[Grid]:
+    """All figures as tables of text."""
     header = ["Setting", "Row", "Seeds", "AST match, %", "Spread, points", "Agreement, %", "Layers pruned"]
     header += ["Nominal speedup, %", "Measured speedup, %"]
     lines = [
@@ -361,20 +362,28 @@ def _markdown(comparison: RunComparison) -> str:
         ]
         for entry in comparison.entries
     ]
-    blocks = [
-        "**Runs compared**, 95% intervals over queries in brackets. Spread: standard deviation of the seeds' means. Measured "
-        "speedup over several seeds: the mean of their medians, and the range of these.",
-        grid(header, lines),
-    ]
+    note = (
+        ", 95% intervals over queries in brackets. Spread: standard deviation of the seeds' means. Measured speedup over "
+        "several seeds: the mean of their medians, and the range of these."
+    )
+    grids = [Grid("Runs compared", note, header, lines)]
     if comparison.comparisons:
-        blocks += [COMPARISONS_TITLE, comparison_table(comparison.comparisons)]
+        grids.append(comparison_grid(comparison.comparisons))
     if comparison.failures:
         failed = [[_typed(failure), failure.reason, str(failure.folder)] for failure in comparison.failures]
-        blocks += ["**Runs without a table.**", grid(["Setting", "Reason", "Folder"], failed)]
-    if comparison.machines:
-        several = " Speedups of different machines do not compare." if len(comparison.machines) > 1 else ""
-        blocks += [f"Timed on: {'; '.join(comparison.machines)}.{several}"]
-    return "\n\n".join(blocks) + "\n"
+        grids.append(Grid("Runs without a table", ".", ["Setting", "Reason", "Folder"], failed))
+    return grids
+
+
+def machines_sentence(comparison: RunComparison) -> str:
+    """Where the runs were timed."""
+    several = " Speedups of different machines do not compare." if len(comparison.machines) > 1 else ""
+    return f"Timed on: {'; '.join(comparison.machines)}.{several}" if comparison.machines else ""
+
+
+def _markdown(comparison: RunComparison) -> str:
+    blocks = [*(grid.markdown() for grid in comparison_grids(comparison)), machines_sentence(comparison)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def _typed(failure: Failure) -> str:

@@ -18,7 +18,7 @@ from rich import box
 from rich.text import Text
 
 from dynprune.atomic import replacing
-from dynprune.evaluation.cells import ABSENT, cell, grid, json_value, listed, number, p_value, parts, stacked
+from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, listed, number, p_value, parts, stacked
 from dynprune.evaluation.comparisons import Comparison, SeedSummary
 from dynprune.evaluation.statistics import Interval, MedianInterval
 
@@ -34,9 +34,9 @@ SCORES = {
 _NOT_SHARES = {"partial_match"}
 _MAIN_SCORES = ("ast_match", "agreement")
 _LADDER = ("parse_rate", "name_match", "ast_match", "json_match")  # Each asks for more than the one before.
-COMPARISONS_TITLE = (
-    "**Comparisons**, paired by query. By functions: the interval where queries that share a function are resampled "
-    "together. p: McNemar, exact (over seeds: sign flips); Holm: corrected for all of them."
+_COMPARED = (
+    ", paired by query. By functions: the interval where queries that share a function are resampled together. p: McNemar, "
+    "exact (over seeds: sign flips); Holm: corrected for all of them."
 )
 _MEASURED = ("measured_speedup", "prefill_speedup", "decode_speedup", "seconds", "cache_mib")
 
@@ -158,7 +158,7 @@ def write_table(
     texts = {
         "table.json": json.dumps(json_value(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "table.csv": _csv(rows),
-        "table.md": _markdown(rows, comparisons, seeds, machine, versions),
+        "table.md": _markdown(grids(rows, comparisons, seeds), machine, versions),
     }
     with ExitStack() as stack:  # All three are written before the first replaces its predecessor.
         for name, text in texts.items():
@@ -229,38 +229,35 @@ def _csv(rows: Sequence[TableRow]) -> str:
     return text.getvalue()
 
 
-def _markdown(
-    rows: Sequence[TableRow],
-    comparisons: Sequence[Comparison],
-    seeds: Mapping[str, SeedSummary],
-    machine: Mapping[str, Any],
-    versions: Mapping[str, Any],
-) -> str:
-    blocks = [
-        f"**Accuracy and speedup**, {count_label(rows)}, 95% intervals in brackets. "
-        "Agreement: queries with the unpruned SLM's own output, right or wrong.",
-        _main_table(rows),
-        "**Accuracy ladder**: each step asks for more than the one before.",
-        _ladder(rows),
-        "**More scores.** Truncated: outputs that reached the token limit.",
-        _score_table(rows),
-    ]
+def grids(
+    rows: Sequence[TableRow], comparisons: Sequence[Comparison] = (), seeds: Mapping[str, SeedSummary] | None = None
+) -> list[Grid]:
+    """All figures as tables of text, the most important ones first.
+
+    Args:
+        rows: Rows, in the order to show.
+        comparisons: Paired comparisons between rows.
+        seeds: AST match of what has a row for each of several seeds, averaged over these.
+    """
+    found = [_main_grid(rows), _ladder(rows), _score_grid(rows)]
     if any(row.timed for row in rows):
-        blocks += ["**Time**: medians over queries.", _time_table(rows)]
+        found.append(_time_grid(rows))
     if any(row.lossless for row in rows):
-        blocks += ["**Lossless rows**: drafts that the unpruned SLM verifies, so its answers."]
-        blocks += [_lossless_table(rows)]
+        found.append(_lossless_grid(rows))
     if seeds:
-        blocks += ["**Seeds**: AST match, averaged over seeds for each query; spread: standard deviation of the seeds' means."]
-        blocks += [_seed_table(seeds)]
+        found.append(_seed_grid(seeds))
     if comparisons:
-        blocks += [COMPARISONS_TITLE]
-        blocks += [comparison_table(comparisons)]
+        found.append(comparison_grid(comparisons))
+    return found
+
+
+def _markdown(all_grids: Sequence[Grid], machine: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
+    blocks = [grid.markdown() for grid in all_grids]
     blocks += [f"Machine: {listed(machine)}.", f"Versions: {listed(versions)}."]
     return "\n\n".join(blocks) + "\n"
 
 
-def _main_table(rows: Sequence[TableRow]) -> str:
+def _main_grid(rows: Sequence[TableRow]) -> Grid:
     header = [
         "Row",
         *map(_header, _MAIN_SCORES),
@@ -273,30 +270,42 @@ def _main_table(rows: Sequence[TableRow]) -> str:
         speedups = [number(100 * row.nominal_speedup), cell(row.measured_speedup, 100)]
         scores = [_score(row, name) for name in _MAIN_SCORES]
         lines.append([row.name, *scores, number(row.mean_pruned_layers), *speedups])
-    return grid(header, lines)
+    return Grid(
+        "Accuracy and speedup",
+        f", {count_label(rows)}, 95% intervals in brackets. "
+        "Agreement: queries with the unpruned SLM's own output, right or wrong.",
+        header,
+        lines,
+    )
 
 
-def _ladder(rows: Sequence[TableRow]) -> str:
-    return grid(["Row", *map(_header, _LADDER)], [[row.name, *(_score(row, name) for name in _LADDER)] for row in rows])
+def _ladder(rows: Sequence[TableRow]) -> Grid:
+    lines = [[row.name, *(_score(row, name) for name in _LADDER)] for row in rows]
+    return Grid("Accuracy ladder", ": each step asks for more than the one before.", ["Row", *map(_header, _LADDER)], lines)
 
 
-def _score_table(rows: Sequence[TableRow]) -> str:
+def _score_grid(rows: Sequence[TableRow]) -> Grid:
     shown = {*_MAIN_SCORES, *_LADDER}
     names = [name for name in dict.fromkeys(key for row in rows for key in row.scores) if name not in shown]
     lines = [[row.name, str(row.n), *(_score(row, name) for name in names), str(row.truncated)] for row in rows]
-    return grid(["Row", "n", *map(_header, names), "Truncated"], lines)
+    return Grid(
+        "More scores",
+        ". Truncated: outputs that reached the token limit.",
+        ["Row", "n", *map(_header, names), "Truncated"],
+        lines,
+    )
 
 
-def _time_table(rows: Sequence[TableRow]) -> str:
+def _time_grid(rows: Sequence[TableRow]) -> Grid:
     header = ["Row", "Timed queries", "Prefill speedup, %", "Decode speedup, %", "Seconds per query", "Cache per query, MiB"]
     lines = []
     for row in rows:
         speedups = [cell(row.prefill_speedup, 100), cell(row.decode_speedup, 100)]
         lines.append([row.name, str(row.timed), *speedups, cell(row.seconds, 1, digits=2), cell(row.cache_mib, 1)])
-    return grid(header, lines)
+    return Grid("Time", ": medians over queries.", header, lines)
 
 
-def _lossless_table(rows: Sequence[TableRow]) -> str:
+def _lossless_grid(rows: Sequence[TableRow]) -> Grid:
     header = [
         "Row",
         "Tokens from drafts, %",
@@ -312,19 +321,24 @@ def _lossless_table(rows: Sequence[TableRow]) -> str:
             shares = [number(100 * drafts.accepted / drafts.tokens), number(100 * drafts.accepted / max(1, drafts.proposed))]
             rates = [number(drafts.tokens / drafts.passes, 2), number(drafts.draft_passes / drafts.passes, 2)]
             lines.append([row.name, *shares, *rates, f"{drafts.near_ties} of {row.n}", f"{drafts.unexplained} of {row.n}"])
-    return grid(header, lines)
+    return Grid("Lossless rows", ": drafts that the unpruned SLM verifies, so its answers.", header, lines)
 
 
-def _seed_table(seeds: Mapping[str, SeedSummary]) -> str:
+def _seed_grid(seeds: Mapping[str, SeedSummary]) -> Grid:
     lines = [
         [name, str(s.seeds), cell(s.mean, 100), number(100 * s.spread) if s.spread is not None else ABSENT]
         for name, s in seeds.items()
     ]
-    return grid(["Row", "Seeds", "AST match, %", "Spread, points"], lines)
+    return Grid(
+        "Seeds",
+        ": AST match, averaged over seeds for each query; spread: standard deviation of the seeds' means.",
+        ["Row", "Seeds", "AST match, %", "Spread, points"],
+        lines,
+    )
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Comparisons as a Markdown table; what it shows is said by `COMPARISONS_TITLE`."""
+def comparison_grid(comparisons: Sequence[Comparison]) -> Grid:
+    """Comparisons as a table of text."""
     lines = []
     for c in comparisons:
         difference = cell(c.difference, score_scale(c.score))
@@ -333,7 +347,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         grouped = parts(c.difference_by_group, score_scale(c.score))[1] or ABSENT
         lines.append([c.row, c.baseline, score_label(c.score), difference, grouped, *counts, *p_values])
     header = ["Row", "Against", "Score", "Difference, points", "By functions", "Better", "Worse", "p", "p (Holm)"]
-    return grid(header, lines)
+    return Grid("Comparisons", _COMPARED, header, lines)
 
 
 def _header(score: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dynprune.evaluation.html_report import write_comparison_report
 from dynprune.evaluation.run_comparison import compare_runs, render_comparison, write_comparison
 from dynprune.evaluation.run_results import is_run, read_run
 from dynprune.stages.run import Run
@@ -49,7 +50,10 @@ def show_comparison(folders: Sequence[Path], target: Path) -> bool:
     """
     comparison = compare_runs([read_run(folder) for folder in sorted(folders, key=_by_number)])
     Console().print(render_comparison(comparison))
-    for path in write_comparison(comparison, target):
+    written = write_comparison(comparison, target)
+    picture = next((path for path in written if path.suffix == ".png"), None)
+    write_comparison_report(target / "report.html", comparison, picture)
+    for path in (*written, target / "report.html"):
         log.info("wrote %s", os.path.relpath(path))
     return not comparison.failures
 

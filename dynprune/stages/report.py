@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,29 @@ from rich.console import Console
 from dynprune.data.splits import function_groups
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.agreement import agreement
+from dynprune.evaluation.cells import Grid
 from dynprune.evaluation.comparisons import Comparison, compare, over_seeds
-from dynprune.evaluation.figures import accuracy_speedup, budget_curve, layer_error, layers_pruned
+from dynprune.evaluation.figures import (
+    accuracy_speedup,
+    budget_curve,
+    layer_counts,
+    layer_error,
+    layers_pruned,
+    training_curves,
+)
 from dynprune.evaluation.headline import write_headline
+from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
-from dynprune.evaluation.table import Lossless, TableRow, render_table, write_table
+from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
+from dynprune.evaluation.training_curves import TrainingCurve, read_curve
 from dynprune.stages.adapters import adapters
 from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
+from dynprune.stages.router import CURVE
+from dynprune.stages.router_rows import TrainedMethod
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
 from dynprune.stages.samples import write_samples
@@ -32,6 +46,15 @@ from dynprune.stages.samples import write_samples
 log = logging.getLogger(__name__)
 # Layers by which a static set may differ from a router and still be of its size.
 _SAME_SIZE = 0.5
+# By file, the heading of a figure in report.html and what it shows.
+_PICTURES = {
+    "accuracy_speedup": ("AST match against speedup", "AST match of each row against its measured speedup"),
+    "budget_curve": ("AST match at each budget", "AST match of each method against its nominal and its measured speedup"),
+    "layer_counts": ("How many layers are pruned", "For each row, the share of queries with each number of pruned layers"),
+    "layers_pruned": ("Which layers are pruned", "For each row, the share of queries for which each layer is pruned"),
+    "layer_error": ("Error of each layer's adapter", "Reconstruction error of each layer's adapter"),
+    "training_curves": ("How the routers learned", "Losses and order of held-out pairs of each router, epoch by epoch"),
+}
 
 
 def report(run: Run) -> Path:
@@ -71,12 +94,55 @@ def report(run: Run) -> Path:
     if artifact is not None:
         errors = json.loads((artifact.folder / "errors.json").read_text(encoding="utf-8"))
         layer_error(errors["mse"], errors["relative_error"], new / "layer_error.png")
+    choosing = [row for row in evaluation.rows if _is_pruned(row) and not row.origin.startswith("[")]
+    if choosing:
+        counts = {row.name: [len(s.pruned_layers) for s in evaluation.samples[row.name]] for row in choosing}
+        layer_counts(counts, new / "layer_counts.png")
+    if curves_of := _training_curves(evaluation.methods):
+        training_curves(curves_of, new / "training_curves.png")
+    _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     Console().print(render_table(rows))
     for path in sorted(folder.iterdir()):
         log.info("wrote %s", os.path.relpath(path))
     return folder
+
+
+def _training_curves(methods: Sequence[TrainedMethod]) -> dict[str, list[TrainingCurve]]:
+    """By method, a curve for each seed; what a version before this one trained has none."""
+    paths = {method.name: [artifact.folder / CURVE for artifact in method.routers.values()] for method in methods}
+    return {
+        name: [read_curve(path) for path in of_seeds] for name, of_seeds in paths.items() if all(map(Path.exists, of_seeds))
+    }
+
+
+def _write_html(
+    run: Run, evaluation: Evaluation, all_grids: Sequence[Grid], machine: Mapping[str, Any], config: Any, folder: Path
+) -> None:
+    """Writes ``report.html``, with the figures that are in the folder."""
+    routers = [row.name for row in evaluation.rows if row.name.startswith("router-") and "@" not in row.name]
+    pruned = [row.name for row in evaluation.rows if _is_pruned(row)]
+    examples = []
+    if pruned:
+        about, *others = [*routers, *(name for name in pruned if name not in routers)]
+        examples = choose_examples(evaluation.queries, evaluation.samples, about, others)
+    write_run_report(
+        folder / "report.html",
+        str(run.config.name),
+        [
+            run.slm.name,
+            f"{len(evaluation.queries)} queries of the test split",
+            datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        ],
+        all_grids,
+        [Picture(*said, folder / f"{name}.png") for name, said in _PICTURES.items() if (folder / f"{name}.png").exists()],
+        examples,
+        run.slm.num_layers,
+        machine,
+        versions(),
+        OmegaConf.to_yaml(config),
+    )
 
 
 def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:

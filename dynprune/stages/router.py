@@ -10,6 +10,7 @@ import lightning
 import torch
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
@@ -18,6 +19,7 @@ from dynprune.data.filtering import keep_successful
 from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
+from dynprune.evaluation.training_curves import METRICS
 from dynprune.methods.base import RouterTraining
 from dynprune.router.budget import CountRule, likeliest
 from dynprune.router.checkpoint import load_router, save_router
@@ -34,6 +36,8 @@ from dynprune.stages.run import Run, content_digest, plain
 VERSION = 4
 _MONITORED = "validation/loss"
 ROUTER = "router"
+CURVE = f"curve/{METRICS}"
+"""Where an artifact keeps how its router learned."""
 
 
 def router(run: Run, method: DictConfig | None = None, seed: int | None = None) -> Artifact:
@@ -85,6 +89,8 @@ def _train(
         f"router-{method.name}",
         folder,
         [checkpoint],
+        # Beside the run's own loggers: whoever uses the router again can see how it learned.
+        [CSVLogger(folder, name=None, version=Path(CURVE).parent.name)],
         max_epochs=method.epochs,
         devices=hardware.devices,
         strategy=hardware.strategy,

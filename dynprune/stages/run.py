@@ -150,23 +150,28 @@ class Run:
         """A query's prompt and reference answer as the SLM's tokens, the answer without a stop token."""
         return prompt_tokens(self.slm.tokenizer, query), answer_tokens(self.slm.tokenizer, query)
 
-    def trainer(self, name: str, folder: Path, callbacks: Sequence[Callback], **changes: Any) -> lightning.Trainer:
+    def trainer(
+        self, name: str, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), **changes: Any
+    ) -> lightning.Trainer:
         """Lightning's trainer of the hardware's configuration, on one device unless the stage says otherwise.
 
         Args:
             name: What is trained, for the loggers.
             folder: Where checkpoints go by default.
             callbacks: Callbacks beside the progress bar.
+            loggers: Loggers beside those of the run's configuration.
             changes: Arguments of the trainer that are the stage's own.
         """
         if "wandb" in self.config.logger:
             # One wandb run for each training: Lightning's logger would go on in the one that is open.
             wandb.finish()
-        loggers: list[Logger] = [instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None]
+        configured: list[Logger] = [
+            instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None
+        ]
         arguments = {**plain(self.config.hardware.trainer), "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
             default_root_dir=folder,
-            logger=loggers or False,
+            logger=[*configured, *loggers] or False,
             callbacks=[RichProgressBar(), *callbacks],
             enable_model_summary=False,
             # The streams draw a new order for each epoch when their loader is made.
