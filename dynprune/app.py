@@ -43,6 +43,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.pairs import pairs
     from dynprune.stages.report import report
     from dynprune.stages.router import router
+    from dynprune.stages.store import clean, list_artifacts
 
     return {
         "all": report,
@@ -55,6 +56,8 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
         "report": report,
         "compare": compare,
         "bench": bench,
+        "list": list_artifacts,
+        "clean": clean,
     }
 
 

@@ -37,6 +37,8 @@ from dynprune.atomic import flush, replacing
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+USES = "artifacts.txt"
+"""Where a run's folder notes the artifacts that it asked for."""
 
 # The packages whose release can change an artifact's content.
 PACKAGES = (
@@ -107,10 +109,12 @@ class Store:
     Attributes:
         root: The folder; it is created with the first artifact.
         rank: This process's rank in a distributed run, 0 where there is none.
+        uses: A file that notes, a line each, the artifacts that a run has asked for; ``None`` for none.
     """
 
     root: Path
     rank: int = 0
+    uses: Path | None = None
 
     def get_or_build(
         self,
@@ -153,6 +157,8 @@ class Store:
             "upstream": dict(upstream),
         }
         place = self.root / stage / identity["fingerprint"]
+        # Before it is there: what a run that was killed has begun is its own too.
+        self._note_use(place)
         if artifact := self._find(place):
             return artifact
         if distributed and self.rank > 0:
@@ -201,6 +207,15 @@ class Store:
             found = _read_json(path, ("version", "config", "data", "upstream"))
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
                 yield path.parent
+
+    def _note_use(self, place: Path) -> None:
+        if self.uses is None:
+            return
+        noted = read_uses(self.uses)
+        if (name := f"{place.parent.name}/{place.name}") not in noted:
+            self.uses.parent.mkdir(parents=True, exist_ok=True)
+            with self.uses.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
 
     def _find(self, place: Path) -> Artifact | None:
         if not place.exists():
@@ -265,6 +280,11 @@ class Store:
             if artifact := self._find(place):
                 return artifact
         raise RuntimeError(f"rank 0 did not finish {place.parent.name} {place.name}; its own log says why")
+
+
+def read_uses(path: Path) -> list[str]:
+    """What `Store.uses` notes: ``stage/fingerprint`` of each artifact that a run has asked for."""
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 @contextmanager

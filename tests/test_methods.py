@@ -249,3 +249,21 @@ def test_a_scale_that_would_train_the_opposite_is_refused(method, change):
     network = Router(TextEncoder("tiny:", None, 32, False), 4)
     with pytest.raises(InstantiationException, match=rf"method\.module\.{key}={value} is not allowed"):
         instantiate(settings.module, router=network, policy=ConditionalBernoulliPolicy(4), optimizer=None, **change)
+
+
+@pytest.mark.parametrize("method", ["dpo", "value"])
+def test_a_checkpoint_holds_what_was_trained_and_nothing_else(method):
+    module = training(method)
+    whole = {name: value.clone() for name, value in module.state_dict().items()}
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    kept = set(checkpoint["state_dict"])
+    assert kept
+    assert not [name for name in kept if "encoder" in name or name.startswith("_reference")]
+    other = training(method)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    other.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert all(torch.equal(value, whole[name]) for name, value in other.state_dict().items())

@@ -98,7 +98,8 @@ def _train(
     data = _data(run, method, seed, source, held_out, network, policy)
     trainer.fit(module, data)
     best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(best["state_dict"])
+    # What was trained; the rest is not in it.
+    module.load_state_dict(best["state_dict"], strict=False)
     trainer.validate(module, data, verbose=False)
     # Of held-out pairs, the share in which the winner is the likelier configuration.
     preferred = float(trainer.callback_metrics["validation/rewards/accuracies"])

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from dynprune.artifacts import Store
+from dynprune.artifacts import USES, Store
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
@@ -56,7 +56,7 @@ class Run:
         """
         self.config = config = _without_dropped(config)
         self.folder = Path(config.paths.run)
-        self.store = Store(Path(config.paths.artifacts), rank=getattr(rank_zero_only, "rank", 0))
+        self.store = Store(Path(config.paths.artifacts), getattr(rank_zero_only, "rank", 0), self.folder / USES)
         self.made: dict[tuple[str, ...], Any] = {}
 
     def with_changes(self, config: DictConfig) -> "Run":
