@@ -40,6 +40,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.bench import bench
     from dynprune.stages.compare import compare
     from dynprune.stages.explore import explore
+    from dynprune.stages.export import export
     from dynprune.stages.pairs import pairs
     from dynprune.stages.report import report
     from dynprune.stages.router import router
@@ -54,6 +55,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
         "router": router,
         "evaluate": report,
         "report": report,
+        "export": export,
         "compare": compare,
         "bench": bench,
         "list": list_artifacts,

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 from dynprune.data.prompts import prompt_tokens
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Asked, run_queries
-from dynprune.evaluation.latency import TimedRow, decode_pruned, time_rows
+from dynprune.evaluation.latency import TimedRow, time_rows
 from dynprune.evaluation.lossless import count_differences, run_lossless
 from dynprune.slm.cache import ReservingCache
+from dynprune.slm.decoding import decode_pruned
 from dynprune.slm.pruning import LayerPruner
 from dynprune.slm.speculative import Drafting
 from dynprune.stages.lossless import lossless_rows, timed_row

@@ -213,13 +213,18 @@ def load_tiny(
     return _prepare(model, tokenizer, f"tiny-{architecture}-{num_layers}x{hidden_size}", dtype, delta, device)
 
 
+def is_shipped_delta(delta: str) -> bool:
+    """Whether a delta is named that comes with the package."""
+    return delta in {path.name for path in _DELTAS.iterdir() if path.is_dir()}
+
+
 def delta_folder(delta: str) -> Path:
     """The folder of a delta: a shipped one's by its name, else the path itself.
 
     Raises:
         ValueError: If it holds no delta.
     """
-    folder = _DELTAS / delta if (_DELTAS / delta).is_dir() else Path(delta)
+    folder = _DELTAS / delta if is_shipped_delta(delta) else Path(delta)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"model.delta={delta!r}: {folder} holds no adapter_model.safetensors; allowed: null, a folder written by "

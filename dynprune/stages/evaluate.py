@@ -84,7 +84,7 @@ def train_routers(run: Run) -> list[TrainedMethod]:
         return []
     methods: Mapping[str, DictConfig] = settings.routers or {run.config.method.name: run.config.method}
     seeds = plain(settings.router_seeds) or [run.config.seed]
-    runs = {name: _with_own_router(run, name) for name in methods}
+    runs = {name: with_own_router(run, name) for name in methods}
     trained = [
         TrainedMethod(name, learns_from(method), {seed: router(runs[name], method, seed) for seed in seeds}, runs[name])
         for name, method in methods.items()
@@ -95,7 +95,7 @@ def train_routers(run: Run) -> list[TrainedMethod]:
     return trained
 
 
-def _with_own_router(run: Run, name: str) -> Run:
+def with_own_router(run: Run, name: str) -> Run:
     """The run with what one of the routers has of its own."""
     own = run.config.evaluation.router_settings.get(name)
     if not own:

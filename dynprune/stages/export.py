@@ -1,0 +1,85 @@
+"""The stage ``export``: a run's SLM, adapters and router as one `dynprune.DynamicModel`; the measured table is its card."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from dynprune.adapters.checkpoint import load_adapters
+from dynprune.dynamic_model import DynamicModel
+from dynprune.router.checkpoint import load_router
+from dynprune.router.policies import build_policy
+from dynprune.stages.adapters import adapters
+from dynprune.stages.evaluate import with_own_router
+from dynprune.stages.router import ROUTER, router, router_layers
+from dynprune.stages.run import Run, plain
+
+log = logging.getLogger(__name__)
+_KINDS = {"load_hf": "hf", "load_gguf": "gguf", "load_tiny": "tiny"}
+
+
+def export(run: Run) -> Path:
+    """Writes the model, and whatever it needs that is missing.
+
+    Returns:
+        Its folder, ``model/`` in the run's own.
+
+    Raises:
+        ValueError: ``export_router`` names no router of the table, or the SLM is loaded in a way that cannot be written down.
+    """
+    name = run.config.export_router
+    methods = run.config.evaluation.routers
+    if name is not None and name not in methods:
+        raise ValueError(f"export_router={name} is no router of the table; allowed: {', '.join(methods) or 'null'}")
+    chosen = run if name is None else with_own_router(run, name)
+    trained = router(chosen, run.config.method if name is None else methods[name])
+    network, extra = load_router(trained.folder / ROUTER, run.slm)
+    stack = adapters(run)
+    model = DynamicModel(
+        run.slm,
+        load_adapters(stack.folder) if stack is not None else None,
+        network,
+        build_policy(extra["policy"]),
+        _source(run),
+        router_layers(chosen),
+        _card(run, extra["method"]),
+    )
+    folder = run.folder / "model"
+    model.save_pretrained(folder)
+    log.info("wrote %s; use it by dynprune.DynamicModel.from_pretrained(%r)", os.path.relpath(folder), os.path.relpath(folder))
+    return folder
+
+
+def _source(run: Run) -> dict[str, Any]:
+    settings: dict[str, Any] = plain(run.config.model)
+    loader = settings.pop("_target_").rpartition(".")[2]
+    if loader not in _KINDS:
+        raise ValueError(f"model._target_ ends in {loader}, which an exported model cannot name; allowed: {', '.join(_KINDS)}")
+    return {"kind": _KINDS[loader], "arguments": settings}
+
+
+def _card(run: Run, method: str) -> str:
+    table = run.folder / "report" / "table.md"
+    measured = table.read_text(encoding="utf-8") if table.is_file() else "Not measured: stage=evaluate writes the table.\n"
+    return f"""---
+library_name: dynprune
+tags: [layer-pruning, function-calling]
+---
+
+# {run.slm.name}, pruned for each query
+
+A small language model that leaves out other layers for each query. Adapters stand in for them; a router that was trained by
+{method.upper()} chooses them before the model reads the prompt.
+
+```python
+from dynprune import DynamicModel
+
+model = DynamicModel.from_pretrained("PATH_OR_HUB_ID")
+model.generate("What is the weather in Oslo?", tools=[...], budget=0.1)
+```
+
+The base model is loaded by reference; this folder holds the adapters and the router.
+
+## Measured
+
+{measured}"""
