@@ -39,7 +39,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.adapters import adapters
     from dynprune.stages.bench import bench
     from dynprune.stages.compare import compare
-    from dynprune.stages.explore import explore
+    from dynprune.stages.explore import explore_splits
     from dynprune.stages.export import export
     from dynprune.stages.pairs import pairs
     from dynprune.stages.report import report
@@ -50,7 +50,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
         "all": report,
         "adapt": adapt,
         "adapters": adapters,
-        "explore": explore,
+        "explore": explore_splits,
         "pairs": pairs,
         "router": router,
         "evaluate": report,

@@ -166,6 +166,23 @@ class Store:
         with _locked(place):
             return self._find(place) or self._build(place, identity, build, resumable)
 
+    def find(
+        self, stage: str, version: int, config: Mapping[str, Any], data: Mapping[str, Any], upstream: Mapping[str, str]
+    ) -> Artifact | None:
+        """Give the artifact of these inputs if it is there.
+
+        Args:
+            stage: The stage's name.
+            version: See `fingerprint`.
+            config: See `fingerprint`.
+            data: See `fingerprint`.
+            upstream: See `fingerprint`.
+
+        Raises:
+            ValueError: A value has no JSON form, or the artifact is broken.
+        """
+        return self._find(self.root / stage / fingerprint(stage, version, config, data, upstream))
+
     def holds(self, stage: str, name: str) -> bool:
         """Whether an artifact is complete, so that `get_or_build` has nothing to build.
 

@@ -205,6 +205,20 @@ def _read_journal(path: Path) -> Iterator[Tried]:
             return
 
 
+def copy_shards(source: Path, target: Path, places: Sequence[int]) -> None:
+    """Copy the shards of a folder into another one, each as a whole or not at all.
+
+    Args:
+        source: A folder that `RolloutWriter` wrote.
+        target: The other folder; created where it is missing.
+        places: Where each place of the source lies there.
+    """
+    for path in shards(source):
+        place = places[int(path.stem.rpartition("-")[2])]
+        with replacing(target / _SHARDS.replace("*", f"{place:06d}")) as temporary:
+            shutil.copyfile(path, temporary)
+
+
 def completed_ids(folder: Path) -> set[str]:
     """Find the queries whose rollouts are in a folder; none where the folder is missing or empty.
 

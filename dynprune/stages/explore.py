@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
-from dynprune.data.rollouts import Journal, RolloutWriter, Tried, read_likelihoods, read_rollouts
+from dynprune.data.rollouts import Journal, RolloutWriter, Tried, completed_ids, copy_shards, read_likelihoods, read_rollouts
 from dynprune.data.tasks import Query
 from dynprune.exploration.engine import Step
 from dynprune.exploration.engine import explore as explore_queries
@@ -29,6 +29,7 @@ from dynprune.stages.run import Run, digest, once_a_run, plain
 log = logging.getLogger(__name__)
 VERSION = 3
 STATISTICS = "statistics.json"
+_SHARD = "explore_shard"
 _QUERIES_A_PROCESS = 50
 # Which key says how many queries of a split there are.
 _LIMITS = {
@@ -38,23 +39,75 @@ _LIMITS = {
 }
 
 
+def explore_splits(run: Run) -> None:
+    """Makes the rollouts of the train and of the validation split, or those of one shard of each.
+
+    Raises:
+        ValueError: There is no such shard.
+    """
+    settings = run.config.exploration
+    if settings.shard is not None and not 0 <= settings.shard < settings.shards:
+        raise ValueError(
+            f"exploration.shard={settings.shard} is no shard of exploration.shards={settings.shards}; allowed: 0 to "
+            f"{settings.shards - 1}, or null, which merges them"
+        )
+    for split in ("train", "validation"):
+        if settings.shard is None:
+            explore(run, split)
+        else:
+            _explore_shard(run, split, settings.shard)
+
+
 @once_a_run
 def explore(run: Run, split: str = "train") -> Artifact:
     """Makes the rollouts of one split: parquet shards, each with all rollouts of some queries, and their statistics.
 
+    With ``exploration.shards`` above 1 they are not made here but merged from what other jobs made; the artifact is the same.
+
     Args:
         run: The run.
         split: ``train``, ``validation`` for choosing checkpoints, or ``test`` for the oracle.
+
+    Raises:
+        ValueError: A shard is missing, or the run is to make one shard alone and needs all of them.
     """
     settings = run.config.exploration
+    if settings.shard is not None:
+        raise ValueError(
+            f"exploration.shard={settings.shard} makes a part of the rollouts, and stage={run.config.stage} needs all of them; "
+            "allowed: stage=explore with it, or exploration.shard=null"
+        )
+    queries = _queries(run, split)
+    # What the shards of the oracle's rollouts would be is nobody's concern: the rows of the table tell the oracle more.
+    merged = settings.shards > 1 and split != "test"
+    build = _merging(run, split, queries) if merged else _exploring(run, split, queries)
+    return run.store.get_or_build("explore", VERSION, *_identity(run, queries), build, resumable=True)
+
+
+def _explore_shard(run: Run, split: str, shard: int) -> Artifact:
+    """Makes the rollouts of every so-manieth query."""
+    queries = _queries(run, split)[shard :: run.config.exploration.shards]
+    if not queries:
+        raise ValueError(
+            f"exploration.shard={shard} has no {split} query; lower exploration.shards={run.config.exploration.shards}"
+        )
+    build = _exploring(run, split, queries)
+    return run.store.get_or_build(_SHARD, VERSION, *_identity(run, queries), build, resumable=True)
+
+
+def _queries(run: Run, split: str) -> list[Query]:
     key = _LIMITS[split]
-    queries = run.queries(split, OmegaConf.select(run.config, key), key)
+    return run.queries(split, OmegaConf.select(run.config, key), key)
+
+
+def _identity(run: Run, queries: Sequence[Query]) -> tuple[dict[str, Any], Mapping[str, Any], dict[str, str]]:
+    """Configuration, data and upstream of the rollouts of some queries."""
+    settings = run.config.exploration
     # A wrong name is refused before adapters are made.
     get_score(settings.score, "exploration.score")
     # So are wrong settings, and not by each process.
     instantiate(settings.strategy)
     check_job(run)
-    adapters_artifact = adapters(run)
     config = {
         "model": run.model_identity,
         "strategy": plain(settings.strategy),
@@ -63,7 +116,11 @@ def explore(run: Run, split: str = "train") -> Artifact:
         "estimate_all": settings.estimate_all,
         "seed": run.config.seed,
     }
-    upstream = upstream_of(adapters_artifact)
+    return config, digest(queries), upstream_of(adapters(run))
+
+
+def _exploring(run: Run, split: str, queries: Sequence[Query]) -> Callable[[Path], dict[str, Any]]:
+    settings = run.config.exploration
 
     def build(folder: Path) -> dict[str, Any]:
         writer = RolloutWriter(folder, num_layers=run.slm.num_layers, score=settings.score)
@@ -73,7 +130,7 @@ def explore(run: Run, split: str = "train") -> Artifact:
         journal = Journal(folder, done)
         # What is trained on them reads the rollouts in this order, whichever query ends first.
         place_of = {query.id: place for place, query in enumerate(queries)}
-        job = partial(_explored, adapters_artifact, journal.found)
+        job = partial(_explored, adapters(run), journal.found)
         with closing(shared_out(run, job, left, _QUERIES_A_PROCESS)) as steps:
             for rollouts in track(_ended(steps, journal), f"exploring {split} queries", len(left)):
                 writer.append(rollouts, place_of[rollouts[0].id])
@@ -81,7 +138,33 @@ def explore(run: Run, split: str = "train") -> Artifact:
         _write_statistics(folder, perfect_score(settings.score))
         return {"queries": len(queries), "resumed_queries": len(done), "resumed_in_flight": len(journal.found)}
 
-    return run.store.get_or_build("explore", VERSION, config, digest(queries), upstream, build, resumable=True)
+    return build
+
+
+def _merging(run: Run, split: str, queries: Sequence[Query]) -> Callable[[Path], dict[str, Any]]:
+    number = run.config.exploration.shards
+
+    def build(folder: Path) -> dict[str, Any]:
+        found = [run.store.find(_SHARD, VERSION, *_identity(run, queries[shard::number])) for shard in range(number)]
+        if missing := ",".join(str(shard) for shard, artifact in enumerate(found) if artifact is None):
+            raise ValueError(
+                f"exploration.shards={number}: of the {split} split the shards {missing} are missing; type dynprune -m "
+                f"stage=explore exploration.shards={number} exploration.shard={missing}, with the other keys as they are"
+            )
+        for shard, artifact in enumerate(found):
+            assert artifact is not None
+            copy_shards(artifact.folder, folder, range(shard, len(queries), number))
+        # A query in two shards is refused here.
+        merged, wanted = completed_ids(folder), {query.id for query in queries}
+        if merged != wanted:
+            raise ValueError(
+                f"the {number} shards of the {split} split lack {len(wanted - merged)} queries and have "
+                f"{len(merged - wanted)} others; remove {run.store.root / _SHARD} and explore them again"
+            )
+        _write_statistics(folder, perfect_score(run.config.exploration.score))
+        return {"queries": len(queries), "shards": number}
+
+    return build
 
 
 def _write_statistics(folder: Path, min_score: float) -> None:
