@@ -1,6 +1,6 @@
 """``python -m dynprune``: the same as the ``dynprune`` command."""
 
-from dynprune.app import main
+from dynprune.app import command_line
 
 if __name__ == "__main__":
-    main()
+    command_line()

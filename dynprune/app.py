@@ -78,6 +78,19 @@ def main(config: DictConfig) -> None:
         sys.exit(1)
 
 
+def command_line() -> None:
+    """The command ``dynprune``; where it ends on a name that there is not, it says the nearest one."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == 1:
+            from dynprune.suggestions import suggestions
+
+            for sentence in suggestions(sys.argv[1:], conf_dir()):
+                print(sentence, file=sys.stderr)
+        raise
+
+
 def run_stage(config: DictConfig, multirun: bool) -> None:
     """Runs the stage that a configuration names, with whatever it needs that is missing.
 
