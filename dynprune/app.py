@@ -82,6 +82,9 @@ def command_line() -> None:
     """The command ``dynprune``; where it ends on a name that there is not, it says the nearest one."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as end:
         if end.code == 1:
             from dynprune.suggestions import suggestions
@@ -111,6 +114,7 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
         )
     from dynprune.evaluation.run_results import has_table_of
     from dynprune.stages.run import Run, plain
+    from dynprune.tracking import tracked
 
     run = Run(config)
     if config.skip_completed and has_table_of(run.folder, plain(run.config)):
@@ -118,7 +122,8 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
         return
     quieten()
     _show(config)
-    stages[config.stage](run)
+    with tracked(run):
+        stages[config.stage](run)
 
 
 def _show(config: DictConfig) -> None:

@@ -10,6 +10,8 @@ _MEANT_TO_BE_SO = (
     r"Your `IterableDataset` has `__len__` defined",
     # The streams are cheaper than a worker process.
     r"The '\w+' does not have many workers",
+    # A job is one run there, in which its trainings stand beside each other.
+    r"There is a wandb run already in progress",
     # Other libraries' own use of transformers and torch.
     r"`is_gradient_checkpointing` is deprecated",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -57,3 +57,16 @@ def test_there_must_be_runs_to_compare(swept, typed, said):
     result = dynprune(folder, "stage=compare", *typed, check=False)
     assert result.returncode == 1
     assert said in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_run_the_jobs_beside_each_other_and_end_with_the_same_comparison(swept, tmp_path, launcher):
+    _, sweep, _ = swept
+    dynprune(tmp_path, *SWEEP, "router.k_max=2,99", f"hydra/launcher={launcher}", check=False)
+    [other] = (tmp_path / "outputs/multiruns").iterdir()
+    first, second = (json.loads((folder / "comparison.json").read_text()) for folder in (sweep, other))
+    # Their folders differ; what the jobs found does not.
+    for key in ("setting", "row", "ast_match", "mean_pruned_layers"):
+        assert [entry[key] for entry in first["entries"]] == [entry[key] for entry in second["entries"]]
+    assert [failure["reason"] for failure in first["failed"]] == [failure["reason"] for failure in second["failed"]]

@@ -42,6 +42,7 @@ from dynprune.stages.router_rows import TrainedMethod
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
 from dynprune.stages.samples import write_samples
+from dynprune.tracking import track_report
 
 log = logging.getLogger(__name__)
 # Layers by which a static set may differ from a router and still be of its size.
@@ -103,6 +104,7 @@ def report(run: Run) -> Path:
     _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
+    track_report(folder)
     Console().print(render_table(rows))
     for path in sorted(folder.iterdir()):
         log.info("wrote %s", os.path.relpath(path))

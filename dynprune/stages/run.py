@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
-import wandb
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
@@ -162,11 +161,11 @@ class Run:
             loggers: Loggers beside those of the run's configuration.
             changes: Arguments of the trainer that are the stage's own.
         """
-        if "wandb" in self.config.logger:
-            # One wandb run for each training: Lightning's logger would go on in the one that is open.
-            wandb.finish()
         configured: list[Logger] = [
-            instantiate(logger, name=name) for logger in self.config.logger.values() if logger is not None
+            # A job has one run there, in which several trainings stand beside each other.
+            instantiate(own, name=name, **({"prefix": name} if logger == "wandb" else {}))
+            for logger, own in self.config.logger.items()
+            if own is not None
         ]
         arguments = {**plain(self.config.hardware.trainer), "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
