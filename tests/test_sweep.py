@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import dynprune
+from tiny import dynprune, run_tiny
 
 SWEEP = ("-m", "experiment=tiny", "evaluation.latency.queries=0", "evaluation.max_queries=4", "method=dpo,orpo")
 
@@ -42,21 +42,20 @@ def test_a_sweep_that_was_cut_off_is_finished_without_doing_anything_twice(swept
     assert len(json.loads((sweep / "comparison.json").read_text())["failed"]) == 2
 
 
-def test_runs_are_compared_later_too(swept):
+def test_runs_are_compared_later_too(swept, capsys):
     folder, sweep, _ = swept
-    said = dynprune(folder, "stage=compare", f"runs={sweep.relative_to(folder)}/*", "name=later").stdout
-    assert "Comparison of runs" in said
+    run_tiny(folder, "later", "stage=compare", f"runs='{sweep.relative_to(folder)}/*'")
+    assert "Comparison of runs" in capsys.readouterr().out
     later, first = (json.loads((place / "comparison.json").read_text()) for place in (folder / "outputs/later", sweep))
     assert later["entries"] == first["entries"]
     assert later["comparisons"] == first["comparisons"]
 
 
-@pytest.mark.parametrize(("typed", "said"), [((), "needs runs"), (("runs=outputs/nothing/*",), "matches no folder of a run")])
+@pytest.mark.parametrize(("typed", "said"), [((), "needs runs"), (("runs='outputs/nothing/*'",), "matches no folder of a run")])
 def test_there_must_be_runs_to_compare(swept, typed, said):
     folder, _, _ = swept
-    result = dynprune(folder, "stage=compare", *typed, check=False)
-    assert result.returncode == 1
-    assert said in result.stdout
+    with pytest.raises(ValueError, match=said):
+        run_tiny(folder, "nothing", "stage=compare", *typed)
 
 
 @pytest.mark.slow
