@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -110,11 +110,13 @@ class Store:
         root: The folder; it is created with the first artifact.
         rank: This process's rank in a distributed run, 0 where there is none.
         uses: A file that notes, a line each, the artifacts that a run has asked for; ``None`` for none.
+        plugins: Hashes of code that is not this package's, by module: a part of the configuration of every artifact.
     """
 
     root: Path
     rank: int = 0
     uses: Path | None = None
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     def get_or_build(
         self,
@@ -148,6 +150,7 @@ class Store:
             ValueError: A value has no JSON form, or the artifact that is there is broken.
             RuntimeError: This rank built along with rank 0, which did not finish.
         """
+        config = self._whole(config)
         identity = {
             "stage": stage,
             "fingerprint": fingerprint(stage, version, config, data, upstream),
@@ -181,16 +184,13 @@ class Store:
         Raises:
             ValueError: A value has no JSON form, or the artifact is broken.
         """
-        return self._find(self.root / stage / fingerprint(stage, version, config, data, upstream))
+        return self._find(self._place(stage, version, config, data, upstream))
 
-    def holds(self, stage: str, name: str) -> bool:
-        """Whether an artifact is complete, so that `get_or_build` has nothing to build.
-
-        Args:
-            stage: The stage's name.
-            name: The artifact's `fingerprint`.
-        """
-        return (self.root / stage / name).exists()
+    def holds(
+        self, stage: str, version: int, config: Mapping[str, Any], data: Mapping[str, Any], upstream: Mapping[str, str]
+    ) -> bool:
+        """Whether the artifact of these inputs is complete, so that `get_or_build` has nothing to build; see `find`."""
+        return self._place(stage, version, config, data, upstream).exists()
 
     def differing_in(
         self,
@@ -216,7 +216,7 @@ class Store:
         Raises:
             ValueError: A value has no JSON form, or a manifest is broken.
         """
-        wanted = (version, {**_plain(config, "config"), key: None}, _plain(data, "data"), dict(upstream))
+        wanted = (version, {**_plain(self._whole(config), "config"), key: None}, _plain(data, "data"), dict(upstream))
         for path in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
             if not path.exists():
                 # Another process has just finished it.
@@ -224,6 +224,15 @@ class Store:
             found = _read_json(path, ("version", "config", "data", "upstream"))
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
                 yield path.parent
+
+    def _whole(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A stage's configuration with what belongs to every stage's."""
+        return {**config, "plugins": dict(self.plugins)} if self.plugins else config
+
+    def _place(
+        self, stage: str, version: int, config: Mapping[str, Any], data: Mapping[str, Any], upstream: Mapping[str, str]
+    ) -> Path:
+        return self.root / stage / fingerprint(stage, version, self._whole(config), data, upstream)
 
     def _note_use(self, place: Path) -> None:
         if self.uses is None:

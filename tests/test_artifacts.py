@@ -339,20 +339,36 @@ def test_a_folder_that_lost_its_manifest_is_an_error(tmp_path):
 def test_only_a_complete_artifact_is_held_and_folders_of_like_ones_are_found(tmp_path):
     store = Store(tmp_path)
     name = fingerprint(**INPUTS)
-    assert not store.holds("explore", name)
+    assert not store.holds(**INPUTS)
     with pytest.raises(AssertionError):
         get(tmp_path, must_not_build)
-    assert not store.holds("explore", name)
+    assert not store.holds(**INPUTS)
     partial = tmp_path / "explore" / f"{name}.partial"
     other = INPUTS | {"config": {"strategy": "dfs", "limit": 30}}
     assert list(store.differing_in("limit", **other)) == [partial]
 
     complete = get(tmp_path).folder
-    assert store.holds("explore", name)
-    assert not store.holds("pairs", name)
+    assert store.holds(**INPUTS)
+    assert store.find(**INPUTS).folder == complete
+    assert store.find(**(INPUTS | {"stage": "pairs"})) is None
+    assert not store.holds(**(INPUTS | {"stage": "pairs"}))
     assert list(store.differing_in("limit", **other)) == [complete]
     assert list(store.differing_in("limit", **INPUTS)) == [complete]
     assert list(store.differing_in("strategy", **other)) == []
     for changed in ({"version": 2}, {"data": {"name": "xlam"}}, {"upstream": {}}):
         assert list(store.differing_in("limit", **(other | changed))) == []
-        assert not store.holds("explore", fingerprint(**(INPUTS | changed)))
+        assert not store.holds(**(INPUTS | changed))
+
+
+def test_code_that_is_not_this_packages_belongs_to_every_artifact(tmp_path):
+    plain = get(tmp_path)
+    for plugins in ({"mine": "one"}, {"mine": "two"}):
+        store = Store(tmp_path, plugins=plugins)
+        assert not store.holds(**INPUTS)
+        assert store.find(**INPUTS) is None
+        made = store.get_or_build(**INPUTS, build=lambda folder: {}, resumable=False)
+        assert made.fingerprint != plain.fingerprint
+        assert made.manifest["config"]["plugins"] == plugins
+        assert store.find(**INPUTS).folder == made.folder
+        assert list(store.differing_in("limit", **INPUTS)) == [made.folder]
+    assert list(Store(tmp_path).differing_in("limit", **INPUTS)) == [plain.folder]

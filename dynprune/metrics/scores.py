@@ -31,7 +31,8 @@ SCORES: dict[str, Score] = {
     "partial_match": partial_match,
     "partial_match_normalized": partial_match_normalized,
 }
-"""Each takes an output and its query; values lie in [0, 1], `partial_match` in [-5, 10]; more is better."""
+"""Each takes an output and its query; values lie in [0, 1], `partial_match` in [-5, 10]; more is better. A plugin may
+add its own, with values in [0, 1]."""
 
 
 def get_score(name: str, key: str) -> Score:
@@ -103,14 +104,14 @@ class MeanScore(Metric):
         return self.total / self.count
 
 
-def mean_scores(names: Iterable[str] = tuple(SCORES)) -> MetricCollection:
+def mean_scores(names: Iterable[str] | None = None) -> MetricCollection:
     """Collects the means of several scores, to be updated together.
 
     Args:
-        names: Keys of `SCORES`.
+        names: Keys of `SCORES`; all of them by default.
 
     Raises:
         ValueError: If there is no such score.
     """
     # Compute groups merge metrics whose states agree after the first batch, as those of two scores easily do.
-    return MetricCollection({name: MeanScore(name) for name in names}, compute_groups=False)
+    return MetricCollection({name: MeanScore(name) for name in (SCORES if names is None else names)}, compute_groups=False)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,3 +34,15 @@ def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     )
     with Progress(*columns) as progress:
         yield from progress.track(items, total=total, description=title)
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's progress bar without the loggers' version, which says nothing here."""
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """What stands beside the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import lightning
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -22,8 +22,10 @@ from dynprune.artifacts import USES, Store
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
+from dynprune.plugins import import_plugins
 from dynprune.slm.adaptation import DELTA_FILES, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
+from dynprune.stages.progress import TrainingBar
 
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
@@ -55,7 +57,8 @@ class Run:
         """
         self.config = config = _without_dropped(config)
         self.folder = Path(config.paths.run)
-        self.store = Store(Path(config.paths.artifacts), getattr(rank_zero_only, "rank", 0), self.folder / USES)
+        plugins = import_plugins(config.plugins)
+        self.store = Store(Path(config.paths.artifacts), getattr(rank_zero_only, "rank", 0), self.folder / USES, plugins)
         self.made: dict[tuple[str, ...], Any] = {}
 
     def with_changes(self, config: DictConfig) -> "Run":
@@ -171,7 +174,7 @@ class Run:
         return lightning.Trainer(
             default_root_dir=folder,
             logger=[*configured, *loggers] or False,
-            callbacks=[RichProgressBar(), *callbacks],
+            callbacks=[TrainingBar(), *callbacks],
             enable_model_summary=False,
             # The streams draw a new order for each epoch when their loader is made.
             reload_dataloaders_every_n_epochs=1,

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dynprune.artifacts import Artifact, fingerprint
+from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Asked, Sample, run_queries
@@ -93,7 +93,7 @@ def run_rows(run: Run, rows: Sequence[Row], answers: Answers) -> dict[str, list[
     )
     lossless = [row for row in rows if row.drafting is not None]
     for group in (original, others):
-        there = [row for row in group if run.store.holds("evaluate", fingerprint(**_identity(run, row, answers.queries)))]
+        there = [row for row in group if run.store.holds(**_identity(run, row, answers.queries))]
         samples |= {row.name: _read_row(run, row, answers) for row in there}
         missing = [row for row in group if row.name not in samples]
         if missing:

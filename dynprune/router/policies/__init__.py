@@ -11,6 +11,7 @@ from dynprune.router.policies.sinkhorn import SinkhornPolicy
 from dynprune.router.policies.value import ValuePolicy
 
 __all__ = [
+    "POLICIES",
     "ConditionalBernoulliPolicy",
     "GumbelPolicy",
     "PlackettLucePolicy",
@@ -19,6 +20,13 @@ __all__ = [
     "ValuePolicy",
     "build_policy",
 ]
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (ConditionalBernoulliPolicy, GumbelPolicy, PlackettLucePolicy, SinkhornPolicy, ValuePolicy)
+}
+"""The policies by name; a plugin may add its own."""
 
 
 def build_policy(config: Mapping[str, Any]) -> Policy:
@@ -30,8 +38,6 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
     Raises:
         ValueError: If there is no policy of that name, or an argument is wrong.
     """
-    classes = (ConditionalBernoulliPolicy, GumbelPolicy, PlackettLucePolicy, SinkhornPolicy, ValuePolicy)
-    by_name: dict[str, type[Policy]] = {policy.name: policy for policy in classes}
-    if config["name"] not in by_name:
-        raise ValueError(f"router.policy={config['name']!r} is unknown; allowed: {', '.join(by_name)}")
-    return by_name[config["name"]](**{key: value for key, value in config.items() if key != "name"})
+    if config["name"] not in POLICIES:
+        raise ValueError(f"router.policy={config['name']!r} is unknown; allowed: {', '.join(POLICIES)}")
+    return POLICIES[config["name"]](**{key: value for key, value in config.items() if key != "name"})
