@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import dynprune, manifests, run_tiny, samples_of, table_of
 from dynprune.adapters.checkpoint import load_adapters
 from dynprune.data.pairs import read_pairs
 from dynprune.data.rollouts import read_rollouts
+from dynprune.evaluation.training_curves import read_curve
 
 SCORES = ("json_match", "ast_match", "ratio_function_calls", "partial_match", "parse_rate", "agreement")
 
@@ -397,3 +399,21 @@ def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_a
     for name in ("train", "validation", "test"):
         assert [q for q in whole[name] if not q.functions & set(trained)] == clean[name]
         assert len(clean[name]) < len(whole[name])
+
+
+def test_a_router_learns_a_few_queries_by_heart(tiny, run_here):
+    folder, _ = tiny
+    before = {m["fingerprint"] for m in manifests(folder, "router")}
+    run_here("overfit", "debug=overfit", "stage=router")
+    [made] = {m["fingerprint"] for m in manifests(folder, "router")} - before
+    losses = read_curve(folder / "outputs/artifacts/router" / made / "curve/metrics.csv").training_loss
+    # DPO starts at the loss of a guess.
+    assert losses[0] == pytest.approx(math.log(2), rel=0.1)
+    assert losses[-1] < 0.01
+
+
+def test_a_profile_lies_beside_the_curves(tiny, run_here):
+    folder, _ = tiny
+    run_here("profile", "debug=profile", "stage=router", "seed=5")
+    [profile] = (folder / "outputs/profile/logs/router-dpo").glob("*/fit-profile.txt")
+    assert "training_step" in profile.read_text()

@@ -170,7 +170,8 @@ class Run:
             for logger, own in self.config.logger.items()
             if own is not None
         ]
-        arguments = {**plain(self.config.hardware.trainer), "devices": 1, "strategy": "auto", **changes}
+        hardware = instantiate(self.config.hardware.trainer, _convert_="all")
+        arguments = {**hardware, "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
             default_root_dir=folder,
             logger=[*configured, *loggers] or False,
