@@ -43,7 +43,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.export import export
     from dynprune.stages.pairs import pairs
     from dynprune.stages.report import report
-    from dynprune.stages.router import router
+    from dynprune.stages.router import train_router
     from dynprune.stages.store import clean, list_artifacts
 
     return {
@@ -52,7 +52,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
         "adapters": adapters,
         "explore": explore_splits,
         "pairs": pairs,
-        "router": router,
+        "router": train_router,
         "evaluate": report,
         "report": report,
         "export": export,

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
-_WITH_A_TABLE = ("all", "evaluate", "report")
+_TO_COMPARE = ("all", "evaluate", "report", "router")
 
 
 class CompareJobs(Callback):
@@ -49,7 +49,7 @@ class CompareJobs(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         jobs = [path for path in folder.glob("*") if is_run(path)]
-        if config.stage in _WITH_A_TABLE and jobs:
+        if config.stage in _TO_COMPARE and jobs:
             show_comparison(jobs, folder)
         failed = [path for path in jobs if failure_of(path) is not None]
         if failed:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dynprune.evaluation.run_comparison import compare_runs, render_comparison, write_comparison
-from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure
+from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure, write_router
 
 SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
 
@@ -199,3 +199,24 @@ def test_intervals_are_those_of_the_averages(tmp_path):
     z, n, p = 1.959963984540054, 4, 0.25
     center, half = (p + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
     assert (interval.low, interval.high) == (pytest.approx(center - half), pytest.approx(center + half))
+
+
+def test_routers_that_were_trained_alone_are_compared_by_their_order_of_held_out_pairs(tmp_path):
+    found = {("1e-3", 1): (0.5, 0.6), ("1e-3", 2): (0.7, 0.7), ("1e-4", 1): (0.4, 0.8)}
+    for number, ((rate, seed), (loss, order)) in enumerate(found.items()):
+        folder = tmp_path / f"{number}_job"
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump([f"method.optimizer.lr={rate}", f"seed={seed}"]))
+        write_router(folder, loss, order, 3)
+    comparison = compare_runs([read_run(folder) for folder in sorted(tmp_path.iterdir())])
+    best, other = comparison.routers
+    assert (best.setting, best.seeds, best.preference_accuracy, best.spread) == ("lr=1e-4", 1, 0.8, None)
+    assert (other.setting, other.seeds) == ("lr=1e-3", 2)
+    assert (other.validation_loss, other.preference_accuracy) == (pytest.approx(0.6), pytest.approx(0.65))
+    assert other.spread == pytest.approx(np.std([0.6, 0.7], ddof=1))
+    assert comparison.failures == []
+    written = {path.suffix: path for path in write_comparison(comparison, tmp_path / "out")}
+    assert "| lr=1e-3 | 2 | 65.0 | 7.1 | 0.600 |" in written[".md"].read_text()
+    assert json.loads(written[".json"].read_text())["routers"][0]["setting"] == "lr=1e-4"
+    assert [line["setting"] for line in csv.DictReader(written[".csv"].open())] == ["lr=1e-4", "lr=1e-3"]
+    assert render_comparison(comparison).renderables

@@ -69,3 +69,13 @@ def test_launchers_run_the_jobs_beside_each_other_and_end_with_the_same_comparis
     for key in ("setting", "row", "ast_match", "mean_pruned_layers"):
         assert [entry[key] for entry in first["entries"]] == [entry[key] for entry in second["entries"]]
     assert [failure["reason"] for failure in first["failed"]] == [failure["reason"] for failure in second["failed"]]
+
+
+@pytest.mark.slow
+def test_a_search_is_judged_on_held_out_queries_alone(tmp_path):
+    said = dynprune(tmp_path, "hparams_search=router", "experiment=tiny").stdout
+    [sweep] = (tmp_path / "outputs/multiruns").iterdir()
+    routers = json.loads((sweep / "comparison.json").read_text())["routers"]
+    assert len(routers) == 18
+    assert "Routers on held-out queries" in said
+    assert not list((tmp_path / "outputs/artifacts").glob("evaluate"))

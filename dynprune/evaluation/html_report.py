@@ -174,9 +174,10 @@ def write_comparison_report(path: Path, comparison: RunComparison, picture: Path
         picture: Its figure; ``None`` where no run has a table.
     """
     runs = {folder for entry in comparison.entries for folder in entry.runs}
-    facts = [f"{len(runs)} runs with a table"]
+    runs |= {folder for router in comparison.routers for folder in router.runs}
+    facts = [f"{len(runs)} runs"]
     if comparison.failures:
-        facts.append(f"{len(comparison.failures)} without")
+        facts.append(f"{len(comparison.failures)} failed")
     alt = "AST match of each setting against its speedup"
     _write(
         path,

@@ -72,8 +72,29 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class RouterEntry:
+    """What routers of one setting came to, where nothing but routers was trained.
+
+    Attributes:
+        setting: See `Entry`.
+        seeds: Number of runs.
+        validation_loss: Mean of their least losses on held-out data; losses of different methods do not compare.
+        preference_accuracy: Mean share of held-out pairs in the right order.
+        spread: Standard deviation (n - 1) of that share; ``None`` for a single run.
+        runs: The runs' folders.
+    """
+
+    setting: str
+    seeds: int
+    validation_loss: float
+    preference_accuracy: float
+    spread: float | None
+    runs: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class Failure:
-    """A run without a table.
+    """A run with nothing to compare.
 
     Attributes:
         setting: What was typed for it and differs from others.
@@ -95,14 +116,16 @@ class RunComparison:
     Attributes:
         entries: The rows.
         comparisons: The paired tests.
-        failures: The runs without a table.
+        failures: The runs with nothing to compare.
         machines: The machines that were timed, each once.
+        routers: Routers that were trained alone, the best order of held-out pairs first.
     """
 
     entries: list[Entry]
     comparisons: list[Comparison]
     failures: list[Failure]
     machines: list[str]
+    routers: list[RouterEntry]
 
 
 def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
@@ -117,7 +140,7 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
     if not runs:
         raise ValueError("there are no runs to compare; type stage=compare runs='outputs/multiruns/…/*'")
     settings = _settings(runs)
-    done = [(setting, run) for setting, run in zip(settings, runs, strict=True) if run.failure is None]
+    done = [(setting, run) for setting, run in zip(settings, runs, strict=True) if run.rows]
     failures = [
         Failure(setting, run.overrides.get("seed", ""), run.folder, run.failure)
         for setting, run in zip(settings, runs, strict=True)
@@ -125,7 +148,8 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
     ]
     entries = _entries(done)
     machines = dict.fromkeys(_machine(run) for _, run in done)
-    return RunComparison(entries, _comparisons(entries), failures, list(machines))
+    routers = _router_entries([(setting, run) for setting, run in zip(settings, runs, strict=True) if run.router is not None])
+    return RunComparison(entries, _comparisons(entries), failures, list(machines), routers)
 
 
 def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
@@ -150,7 +174,7 @@ def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
 
 
 def render_comparison(comparison: RunComparison) -> Group:
-    """The main columns for a terminal of 80 columns, and below them the runs without a table."""
+    """The main columns for a terminal of 80 columns, and below them the runs that failed."""
     table = rich.table.Table(
         title="Comparison of runs",
         caption="% with 95% intervals; spread: standard deviation over seeds, in points",
@@ -171,8 +195,60 @@ def render_comparison(comparison: RunComparison) -> Group:
             number(entry.table_row.mean_pruned_layers),
             stacked(entry.table_row.measured_speedup, 100),
         )
+    tables = [table] if comparison.entries else []
+    if comparison.routers:
+        tables.append(_render_routers(comparison.routers))
     lines = [Text(f"failed: {_typed(failure)}: {failure.reason}", style="red") for failure in comparison.failures]
-    return Group(*([table] if comparison.entries else []), *lines)
+    return Group(*tables, *lines)
+
+
+def _render_routers(routers: Sequence[RouterEntry]) -> rich.table.Table:
+    table = rich.table.Table(
+        title="Routers on held-out queries",
+        caption="pairs in order: share in which the winner is likelier, %; spread: over seeds, in points",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("setting", overflow="fold")
+    for header in ("seeds", "pairs in order", "spread", "loss"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for line in _router_lines(routers):
+        table.add_row(*line)
+    return table
+
+
+def _router_lines(routers: Sequence[RouterEntry]) -> list[list[str]]:
+    return [
+        [
+            entry.setting or _IN_ALL_RUNS,
+            str(entry.seeds),
+            number(100 * entry.preference_accuracy),
+            number(100 * entry.spread) if entry.spread is not None else ABSENT,
+            number(entry.validation_loss, 3),
+        ]
+        for entry in routers
+    ]
+
+
+def _router_entries(trained: Sequence[tuple[str, RunResult]]) -> list[RouterEntry]:
+    members: dict[str, list[RunResult]] = {}
+    for setting, run in trained:
+        members.setdefault(setting, []).append(run)
+    entries = []
+    for setting, runs in members.items():
+        found = [run.router for run in runs if run.router is not None]
+        order_S = np.array([one["preference_accuracy"] for one in found])
+        entries.append(
+            RouterEntry(
+                setting,
+                len(found),
+                float(np.mean([one["validation_loss"] for one in found])),
+                float(order_S.mean()),
+                float(order_S.std(ddof=1)) if len(found) > 1 else None,
+                tuple(run.folder for run in runs),
+            )
+        )
+    return sorted(entries, key=lambda entry: -entry.preference_accuracy)
 
 
 def _settings(runs: Sequence[RunResult]) -> list[str]:
@@ -320,6 +396,7 @@ def _document(comparison: RunComparison) -> dict[str, Any]:
             for entry in comparison.entries
         ],
         "comparisons": [asdict(test) for test in comparison.comparisons],
+        "routers": [asdict(entry) for entry in comparison.routers],
         "failed": [asdict(failure) for failure in comparison.failures],
         "machines": comparison.machines,
     }
@@ -335,6 +412,7 @@ def _csv(comparison: RunComparison) -> str:
             else:
                 flat[key] = " ".join(value) if isinstance(value, list) else value
         lines.append(flat)
+    lines += [{**asdict(entry), "runs": " ".join(map(str, entry.runs))} for entry in comparison.routers]
     lines += [{"failed": failure.reason, "setting": _typed(failure), "runs": failure.folder} for failure in comparison.failures]
     columns = list(dict.fromkeys(key for line in lines for key in line if key != "failed"))
     text = io.StringIO()
@@ -366,12 +444,18 @@ def comparison_grids(comparison: RunComparison) -> list[Grid]:
         ", 95% intervals over queries in brackets. Spread: standard deviation of the seeds' means. Measured speedup over "
         "several seeds: the mean of their medians, and the range of these."
     )
-    grids = [Grid("Runs compared", note, header, lines)]
+    grids = [Grid("Runs compared", note, header, lines)] if lines else []
+    if comparison.routers:
+        note = (
+            ". Pairs in order: held-out pairs in which the winner is likelier. Spread: standard deviation over seeds, points."
+        )
+        header = ["Setting", "Seeds", "Pairs in order, %", "Spread", "Validation loss"]
+        grids.append(Grid("Routers on held-out queries", note, header, _router_lines(comparison.routers)))
     if comparison.comparisons:
         grids.append(comparison_grid(comparison.comparisons))
     if comparison.failures:
         failed = [[_typed(failure), failure.reason, str(failure.folder)] for failure in comparison.failures]
-        grids.append(Grid("Runs without a table", ".", ["Setting", "Reason", "Folder"], failed))
+        grids.append(Grid("Failed runs", ".", ["Setting", "Reason", "Folder"], failed))
     return grids
 
 

@@ -1,7 +1,7 @@
 """What a finished run left in its folder, read back for a comparison with others.
 
-A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl``, and what it was told to do in
-``.hydra/overrides.yaml``. A job of a sweep that failed left ``failure.json`` in their place.
+A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl``, or ``router.json`` where it trained a router alone,
+and what it was told to do in ``.hydra/overrides.yaml``. A job of a sweep that failed left ``failure.json`` in their place.
 """
 
 import json
@@ -18,6 +18,7 @@ from dynprune.evaluation.cells import json_value
 
 TABLE = "report/table.json"
 _FAILURE = "failure.json"
+_ROUTER = "router.json"
 _OVERRIDES = ".hydra/overrides.yaml"
 # Keys that say how and where a run is run, and change no figure of its table.
 _WHERE_AND_HOW = ("stage", "name", "paths", "logger", "skip_completed", "runs")
@@ -53,7 +54,8 @@ class RunResult:
         overrides: What was typed, by key.
         rows: The rows of its table; none where it failed.
         machine: The machine; empty where it failed.
-        failure: Why there is no table; ``None`` where there is one.
+        failure: Why there is nothing to compare; ``None`` where there is.
+        router: What the training of a router alone came to, see `write_router`; ``None`` for a run with a table.
     """
 
     folder: Path
@@ -61,6 +63,21 @@ class RunResult:
     rows: Sequence[RowResult]
     machine: Mapping[str, Any]
     failure: str | None = None
+    router: Mapping[str, float] | None = None
+
+
+def write_router(folder: Path, validation_loss: float, preference_accuracy: float, best_epoch: int) -> None:
+    """Notes in a run's folder what the training of its router came to.
+
+    Args:
+        folder: The folder.
+        validation_loss: The least loss on held-out data.
+        preference_accuracy: Share of held-out pairs in the right order, with that checkpoint.
+        best_epoch: The epoch of that checkpoint.
+    """
+    record = {"validation_loss": validation_loss, "preference_accuracy": preference_accuracy, "best_epoch": best_epoch}
+    with replacing(folder / _ROUTER) as path:
+        path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
@@ -97,7 +114,7 @@ def _what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, whatever became of it."""
-    return any((folder / name).is_file() for name in (TABLE, _FAILURE, _OVERRIDES))
+    return any((folder / name).is_file() for name in (TABLE, _ROUTER, _FAILURE, _OVERRIDES))
 
 
 def read_run(folder: Path) -> RunResult:
@@ -110,6 +127,8 @@ def read_run(folder: Path) -> RunResult:
     if (failure := failure_of(folder)) is not None:
         return RunResult(folder, overrides, (), {}, failure)
     if not (folder / TABLE).is_file():
+        if (folder / _ROUTER).is_file():
+            return RunResult(folder, overrides, (), {}, router=json.loads((folder / _ROUTER).read_text(encoding="utf-8")))
         return RunResult(folder, overrides, (), {}, "it has not ended, or was killed")
     try:
         table = json.loads((folder / TABLE).read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from dynprune.data.filtering import keep_successful
 from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
+from dynprune.evaluation.run_results import write_router
 from dynprune.evaluation.training_curves import METRICS
 from dynprune.methods.base import RouterTraining
 from dynprune.router.budget import CountRule, likeliest
@@ -38,6 +39,13 @@ _MONITORED = "validation/loss"
 ROUTER = "router"
 CURVE = f"curve/{METRICS}"
 """Where an artifact keeps how its router learned."""
+
+
+def train_router(run: Run) -> None:
+    """Trains the router of the run's method, and notes in the run's folder what that came to."""
+    counts = router(run).manifest["counts"]
+    if run.store.rank == 0:
+        write_router(run.folder, **counts)
 
 
 def router(run: Run, method: DictConfig | None = None, seed: int | None = None) -> Artifact:
