@@ -45,6 +45,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     from dynprune.stages.report import report
     from dynprune.stages.router import train_router
     from dynprune.stages.store import clean, list_artifacts
+    from dynprune.stages.thesis_import import import_thesis
 
     return {
         "all": report,
@@ -56,6 +57,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
         "evaluate": report,
         "report": report,
         "export": export,
+        "import": import_thesis,
         "compare": compare,
         "bench": bench,
         "list": list_artifacts,

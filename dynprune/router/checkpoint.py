@@ -15,6 +15,8 @@ from dynprune.slm.loading import SLM
 _WEIGHTS = "router.safetensors"
 _DESCRIPTION = "router.json"
 _ENCODER = "encoder."
+ROUTER_FILES = (_WEIGHTS, _DESCRIPTION)
+"""The files of a router."""
 
 
 def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:

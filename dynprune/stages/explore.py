@@ -14,7 +14,17 @@ from omegaconf import OmegaConf
 
 from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
-from dynprune.data.rollouts import Journal, RolloutWriter, Tried, completed_ids, copy_shards, read_likelihoods, read_rollouts
+from dynprune.data.rollouts import (
+    Journal,
+    RolloutWriter,
+    Tried,
+    by_query,
+    completed_ids,
+    copy_shards,
+    read_header,
+    read_likelihoods,
+    read_rollouts,
+)
 from dynprune.data.tasks import Query
 from dynprune.exploration.engine import Step
 from dynprune.exploration.engine import explore as explore_queries
@@ -24,7 +34,7 @@ from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.processes import check_job, shared_out
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, digest, once_a_run, plain
+from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
 log = logging.getLogger(__name__)
 VERSION = 3
@@ -78,10 +88,45 @@ def explore(run: Run, split: str = "train") -> Artifact:
             "allowed: stage=explore with it, or exploration.shard=null"
         )
     queries = _queries(run, split)
+    if settings.folder is not None and split != "test":
+        return _taken(run, split, queries)
     # What the shards of the oracle's rollouts would be is nobody's concern: the rows of the table tell the oracle more.
     merged = settings.shards > 1 and split != "test"
     build = _merging(run, split, queries) if merged else _exploring(run, split, queries)
     return run.store.get_or_build("explore", VERSION, *_identity(run, queries), build, resumable=True)
+
+
+def _taken(run: Run, split: str, queries: Sequence[Query]) -> Artifact:
+    """The rollouts of the split's queries in a folder, for example of ``stage=import``, instead of exploring.
+
+    Raises:
+        ValueError: The folder is about another number of layers or another score, or has none of the queries.
+    """
+    settings = run.config.exploration
+    source = Path(settings.folder)
+    wanted = {query.id: place for place, query in enumerate(queries)}
+
+    def build(folder: Path) -> dict[str, Any]:
+        header = read_header(source)
+        if (header.num_layers, header.score) != (run.slm.num_layers, settings.score):
+            raise ValueError(
+                f"exploration.folder={source} has rollouts of {header.num_layers} layers scored by {header.score}; allowed: "
+                f"those of {run.slm.num_layers} layers, as {run.slm.name} has, with exploration.score={header.score}"
+            )
+        writer = RolloutWriter(folder, header.num_layers, header.score)
+        for rollouts in by_query(read_rollouts(source)):
+            if rollouts[0].id in wanted:
+                writer.append(rollouts, wanted[rollouts[0].id])
+        if not writer.completed_ids:
+            raise ValueError(
+                f"exploration.folder={source} has no rollout of the {len(queries)} queries of the {split} split; allowed: "
+                "rollouts of the run's own data, with its ids"
+            )
+        _write_statistics(folder, perfect_score(settings.score))
+        return {"queries": len(writer.completed_ids)}
+
+    config = {"rollouts": content_digest(settings.folder, ("rollouts-*.parquet",)), "score": settings.score}
+    return run.store.get_or_build("explore", VERSION, config, digest(queries), {}, build, resumable=False)
 
 
 def _explore_shard(run: Run, split: str, shard: int) -> Artifact:

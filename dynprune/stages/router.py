@@ -1,5 +1,6 @@
 """The stage ``router``: trains a router by one method and keeps the checkpoint with the least loss on held-out data."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from dynprune.evaluation.run_results import write_router
 from dynprune.evaluation.training_curves import METRICS
 from dynprune.methods.base import RouterTraining
 from dynprune.router.budget import CountRule, likeliest
-from dynprune.router.checkpoint import load_router, save_router
+from dynprune.router.checkpoint import ROUTER_FILES, load_router, save_router
 from dynprune.router.encoder import Encoder
 from dynprune.router.encoders import build_encoder
 from dynprune.router.inputs import RouterInputs
@@ -44,7 +45,8 @@ CURVE = f"curve/{METRICS}"
 def train_router(run: Run) -> None:
     """Trains the router of the run's method, and notes in the run's folder what that came to."""
     counts = router(run).manifest["counts"]
-    if run.store.rank == 0:
+    # A ready router was not trained here.
+    if counts and run.store.rank == 0:
         write_router(run.folder, **counts)
 
 
@@ -58,12 +60,15 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
     """
     method = run.config.method if method is None else method
     seed = run.config.seed if seed is None else seed
+    if run.config.router.folder is not None:
+        return _ready(run)
     source = pairs(run) if learns_from(method) == "pairs" else explore(run)
     held_out = pairs(run, "validation")
     start = _start(run, method, seed)
     hardware = run.config.hardware.trainer
     config = {
-        "router": plain(run.config.router),
+        # Of a router that is trained there is no folder.
+        "router": {key: value for key, value in plain(run.config.router).items() if key != "folder"},
         "encoder": content_digest(run.config.router.encoder.name_or_path),
         "method": plain(method),
         "num_layers": run.slm.num_layers,
@@ -82,6 +87,20 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
     return run.store.get_or_build(
         "router", VERSION, config, {}, upstream, build, resumable=False, distributed=hardware.devices != 1
     )
+
+
+def _ready(run: Run) -> Artifact:
+    """The router in ``router.folder``, instead of training one."""
+    source = run.config.router.folder
+
+    def build(folder: Path) -> dict[str, Any]:
+        # Read first: what is no router is said, and not copied.
+        load_router(Path(source), run.slm)
+        shutil.copytree(source, folder / ROUTER)
+        return {}
+
+    config = {"folder": content_digest(source, ROUTER_FILES)}
+    return run.store.get_or_build("router", VERSION, config, {}, {}, build, resumable=False)
 
 
 def _train(
@@ -208,6 +227,11 @@ class TrainedRouter:
 def trained_router(run: Run, artifact: Artifact) -> TrainedRouter:
     """The router that an artifact holds, on the SLM's device."""
     network, extra = load_router(artifact.folder / ROUTER, run.slm)
+    if network.num_layers != run.slm.num_layers:
+        raise ValueError(
+            f"router.folder={run.config.router.folder} chooses among {network.num_layers} layers, but {run.slm.name} has "
+            f"{run.slm.num_layers}; allowed: a router for this SLM, or router.folder=null, which trains one"
+        )
     return TrainedRouter(network.to(run.slm.device), build_policy(extra["policy"]), run.slm.device)
 
 
