@@ -27,7 +27,8 @@ _LONGEST_NAME = 240
 
 def folder_name(text: str) -> str:
     """As much of a text as the name of a folder holds, where it has no folders in it."""
-    return "/".join(part.encode()[:_LONGEST_NAME].decode(errors="ignore") for part in text.split("/"))
+    # A folder in a folder would be no job's; ∕ is no separator.
+    return text.replace("/", "∕").encode()[:_LONGEST_NAME].decode(errors="ignore")
 
 
 OmegaConf.register_new_resolver("folder_name", folder_name)
@@ -114,12 +115,13 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
             f"hardware.trainer.devices={config.hardware.trainer.devices} cannot run in a multirun: each process that Lightning "
             "starts would start the whole sweep again; type hardware.trainer.devices=1, or run the jobs one by one"
         )
-    from dynprune.evaluation.run_results import has_table_of
+    from dynprune.evaluation.run_results import WITH_TABLE, has_table_of
     from dynprune.stages.run import Run, plain
     from dynprune.tracking import tracked
 
     run = Run(config)
-    if config.skip_completed and has_table_of(run.folder, plain(run.config)):
+    with_table = config.skip_completed and config.stage in WITH_TABLE
+    if with_table and has_table_of(run.folder, plain(run.config), run.store.plugins):
         log.info("skipping %s, which has its table", os.path.relpath(run.folder))
         return
     quieten()

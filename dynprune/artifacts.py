@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 USES = "artifacts.txt"
 """Where a run's folder notes the artifacts that it asked for."""
+RUNS = "runs.txt"
+"""Where the store notes the folders of the runs that asked for artifacts."""
 
 # The packages whose release can change an artifact's content.
 PACKAGES = (
@@ -237,11 +239,12 @@ class Store:
     def _note_use(self, place: Path) -> None:
         if self.uses is None:
             return
-        noted = read_uses(self.uses)
-        if (name := f"{place.parent.name}/{place.name}") not in noted:
-            self.uses.parent.mkdir(parents=True, exist_ok=True)
-            with self.uses.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\n")
+        run = str(self.uses.parent.resolve())
+        for path, line in ((self.uses, f"{place.parent.name}/{place.name}"), (self.root / RUNS, run)):
+            if line not in read_uses(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
 
     def _find(self, place: Path) -> Artifact | None:
         if not place.exists():

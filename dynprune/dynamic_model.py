@@ -124,8 +124,17 @@ class DynamicModel:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model into a folder, which appears when it is complete; what else it held is lost."""
+        """Writes the model into a folder, which appears when it is complete.
+
+        Args:
+            folder: A new or empty folder, or one with a model, which is replaced as a whole.
+
+        Raises:
+            ValueError: The folder holds something else.
+        """
         folder = Path(folder)
+        if folder.exists() and not (folder / _DESCRIPTION).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} holds something else than a model; allowed: a new folder, or one with {_DESCRIPTION}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             new = Path(scratch) / "new"
@@ -146,9 +155,15 @@ class DynamicModel:
                 path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
             with replacing(new / _CARD) as path:
                 path.write_text(self.card, encoding="utf-8")
+            old = Path(scratch) / "old"
             if folder.exists():
-                folder.rename(Path(scratch) / "old")
-            new.rename(folder)
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Uploads the model to the Hub.
@@ -211,8 +226,11 @@ class DynamicModel:
             The answer, or a `Routed`; of several questions a list.
 
         Raises:
-            ValueError: If the router cannot prune so many layers, or several answers are to be streamed.
+            ValueError: If the router cannot prune so many layers, there is no room for an answer, or several answers are to be
+                streamed.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; allowed: at least 1")
         queries = _queries(messages, tools)
         if streamer is not None and _are_several(messages):
             raise ValueError("streamer takes the answer to one question, but messages has several; leave one of the two out")

@@ -5,7 +5,9 @@ if another one that is used was made from it.
 """
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynprune.artifacts import MANIFEST, USES, read_uses
+from dynprune.artifacts import MANIFEST, RUNS, USES, read_uses
 
 _PARTIAL = ".partial"
 _LOCK = ".lock"
@@ -34,7 +36,7 @@ class Stored:
         num_bytes: Size of its files.
         seconds: How long it took to make; ``None`` where it is not complete.
         config: The settings that it was made with, as dotted keys.
-        upstream: Names of the artifacts that it was made from.
+        upstream: Fingerprints of the artifacts that it was made from.
         runs: Names of the runs that use it, directly or through others.
     """
 
@@ -62,7 +64,7 @@ def stored(root: Path, outputs: Path) -> list[Stored]:
         outputs: The folder under which runs are looked for.
     """
     found = [_read(folder) for folder in root.glob("*/*") if folder.is_dir() and (folder / MANIFEST).is_file()]
-    users = _users(found, outputs)
+    users = _users(found, root, outputs)
     with_runs = [Stored(**{**vars(artifact), "runs": tuple(sorted(users.get(artifact.name, ())))}) for artifact in found]
     return sorted(with_runs, key=lambda artifact: (artifact.stage, artifact.modified))
 
@@ -109,17 +111,25 @@ def remove(artifact: Stored) -> bool:
 
 def _read(folder: Path) -> Stored:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    files = list(_files(folder))
     return Stored(
         f"{folder.parent.name}/{folder.name.removesuffix(_PARTIAL)}",
         folder,
         not folder.name.endswith(_PARTIAL),
-        max(file.st_mtime for file in files),
+        max((file.st_mtime for file in files), default=folder.stat().st_mtime),
         sum(file.st_size for file in files),
         manifest.get("wall_clock_s"),
         dict(_flat({"config": manifest["config"], "data": manifest["data"]})),
         tuple(manifest["upstream"].values()),
     )
+
+
+def _files(folder: Path) -> Iterator[os.stat_result]:
+    for path in folder.rglob("*"):
+        # Whoever builds here renames and removes files meanwhile.
+        with suppress(FileNotFoundError):
+            if stat.S_ISREG((found := path.stat()).st_mode):
+                yield found
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -130,14 +140,16 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removeprefix("config."), value
 
 
-def _users(artifacts: Sequence[Stored], outputs: Path) -> dict[str, set[str]]:
+def _users(artifacts: Sequence[Stored], root: Path, outputs: Path) -> dict[str, set[str]]:
     """By artifact, the runs that use it."""
     by_fingerprint: dict[str, list[Stored]] = {}
     for artifact in artifacts:
         by_fingerprint.setdefault(artifact.name.partition("/")[2], []).append(artifact)
     users: dict[str, set[str]] = {}
-    for path in outputs.rglob(USES):
-        run = str(path.parent.relative_to(outputs))
+    # Runs are found below the outputs, and by what the store itself notes, wherever they are.
+    places = {path.parent.resolve() for path in outputs.rglob(USES)} | {Path(line) for line in read_uses(root / RUNS)}
+    for folder in sorted(places):
+        path, run = folder / USES, os.path.relpath(folder, outputs)
         waiting = [name.partition("/")[2] for name in read_uses(path)]
         while waiting:
             for artifact in by_fingerprint.get(waiting.pop(), ()):

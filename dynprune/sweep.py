@@ -15,7 +15,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
-_TO_COMPARE = ("all", "evaluate", "report", "router")
 
 
 class CompareJobs(Callback):
@@ -35,7 +34,7 @@ class CompareJobs(Callback):
         if isinstance(error, InstantiationException) and error.__cause__ is not None:
             error = error.__cause__
         log.error("job %s failed: %s", config.hydra.job.num, error, exc_info=None if isinstance(error, ValueError) else error)
-        write_failure(folder, error)
+        write_failure(folder, error, config.seed)
         job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -44,19 +43,19 @@ class CompareJobs(Callback):
         Raises:
             SystemExit: A job failed.
         """
-        from dynprune.evaluation.run_results import failure_of, is_run
+        from dynprune.evaluation.run_results import failed, is_run
         from dynprune.stages.compare import show_comparison
 
         folder = Path(config.hydra.sweep.dir)
-        jobs = [path for path in folder.glob("*") if is_run(path)]
-        if config.stage in _TO_COMPARE and jobs:
-            show_comparison(jobs, folder)
-        failed = [path for path in jobs if failure_of(path) is not None]
-        if failed:
-            log.error(
-                "%d of %d jobs failed; to run them alone, type the same command with hydra.sweep.dir=%s skip_completed=true",
-                len(failed),
-                len(jobs),
-                folder,
-            )
+        jobs = [path for path in folder.glob("*") if path.is_dir()]
+        compared = [path for path in jobs if is_run(path)]
+        try:
+            if compared:
+                show_comparison(compared, folder)
+        except Exception:
+            # Hydra would make a warning of it, and leave out what follows.
+            log.exception("the jobs could not be compared")
+        if lost := [path for path in jobs if failed(path)]:
+            again = f"hydra.sweep.dir={folder} skip_completed=true"
+            log.error("%d of %d jobs failed; to run them alone, type the same command with %s", len(lost), len(jobs), again)
             sys.exit(1)

@@ -20,7 +20,7 @@ def exported(tmp_path_factory):
     """The folder of an exported model, and the folder of its run."""
     folder = tmp_path_factory.mktemp("export")
     run_tiny(folder, "run", "evaluation.latency.queries=0")
-    run_tiny(folder, "run", "stage=export")
+    run_tiny(folder, "run", "evaluation.latency.queries=0", "stage=export")
     return folder / "outputs/run/model", folder
 
 
@@ -175,10 +175,27 @@ def test_pushing_uploads_what_saving_writes(model, tmp_path, monkeypatch):
 
 def test_saving_replaces_what_was_there_as_a_whole(model, tmp_path):
     (tmp_path / "model").mkdir()
+    model.save_pretrained(tmp_path / "model")
     (tmp_path / "model/old.txt").write_text("old")
     model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model/old.txt").exists()
     assert sorted(os.listdir(tmp_path)) == ["model"]
+
+
+def test_a_folder_with_something_else_is_not_touched(model, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else than a model"):
+        model.save_pretrained(tmp_path / "project")
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["thesis.txt"]
+
+
+def test_a_table_of_another_configuration_is_not_the_models(exported):
+    _, folder = exported
+    run_tiny(folder, "run", "evaluation.latency.queries=0", "stage=export", "router.k_max=2")
+    card = DynamicModel.from_pretrained(folder / "outputs/run/model").card
+    run_tiny(folder, "run", "evaluation.latency.queries=0", "stage=export")
+    assert "Not measured" in card
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,7 @@ def test_saving_replaces_what_was_there_as_a_whole(model, tmp_path):
         ({"messages": "Add.", "budget": -0.1}, r"budget=-0.1"),
         ({"messages": ["a", "b"], "tools": [TOOLS]}, r"tools has 1 lists for 2 questions"),
         ({"messages": []}, r"messages is empty"),
+        ({"messages": "Add.", "max_new_tokens": 0}, r"max_new_tokens=0 leaves no room"),
         ({"messages": "Add.", "tools": [{"description": "?"}]}, r"has no name; allowed: name, description, parameters"),
         ({"messages": ["a", "b"], "streamer": Collecting()}, r"streamer takes the answer to one question"),
     ],
@@ -195,6 +213,10 @@ def test_saving_replaces_what_was_there_as_a_whole(model, tmp_path):
 def test_what_cannot_be_answered_is_said(model, arguments, said):
     with pytest.raises(ValueError, match=said):
         model.generate(**arguments)
+
+
+# To look for it would run code of the package `this`.
+INNER_PACKAGE = {"wheel": "this.x", "file": "f", "dtype": "auto"}
 
 
 def described(change):
@@ -212,6 +234,10 @@ def described(change):
     [
         (lambda folder: (folder / "dynprune.json").unlink(), r"holds no dynprune.json; .* stage=export"),
         (described(lambda d: d.update(format=9)), r"has format 9; this version of dynprune reads 1"),
+        (
+            described(lambda d: d["slm"].update(kind="gguf", arguments={"wheel": "this.x", "file": "f", "dtype": "auto"})),
+            r"'this.x'",
+        ),
         (described(lambda d: d["slm"].update(kind="os.system")), r"slm.kind='os.system' is unknown; allowed: hf, gguf, tiny"),
         (described(lambda d: d["slm"]["arguments"].update(delta="../../etc")), r"lies outside of the folder"),
         (
@@ -236,10 +262,12 @@ def test_a_name_that_nobody_has_is_refused(monkeypatch):
         DynamicModel.from_pretrained("me/mine")
 
 
-def test_a_routed_answer_says_whether_it_was_cut_off(model):
-    short, long = (model.generate("Add 1.", TOOLS, max_new_tokens=limit, return_routing=True) for limit in (1, 200))
+def test_a_routed_answer_says_whether_it_was_cut_off(model, monkeypatch):
+    short = model.generate("Add 1.", TOOLS, max_new_tokens=1, return_routing=True)
+    longer = model.generate("Add 1.", TOOLS, max_new_tokens=9, return_routing=True)
     assert short.truncated
-    assert long.text.startswith(short.text)
-    # An answer that is not cut off ended by itself: more room changes nothing.
-    more = model.generate("Add 1.", TOOLS, max_new_tokens=220, return_routing=True)
-    assert long.truncated or more == long
+    assert longer.text.startswith(short.text)
+    # Whatever is said first ends the answer now.
+    monkeypatch.setattr(type(model.slm), "stop_ids", tuple(range(model.slm.model.config.vocab_size)))
+    ended = model.generate("Add 1.", TOOLS, max_new_tokens=9, return_routing=True)
+    assert (ended.text, ended.truncated) == ("", False)

@@ -8,7 +8,7 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.cells import Grid
 from dynprune.evaluation.figures import layer_counts
-from dynprune.evaluation.html_report import Example, Picture, choose_examples, write_run_report
+from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
 
 EVIL = "<script>alert('gotcha')</script><img src=x onerror=alert(1)> \ud800"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -106,7 +106,6 @@ def test_examples_are_of_all_kinds_and_the_most_pruned_first():
     assert [answer.row for answer in examples[0].answers] == ["original", "router-dpo", "static-2"]
     assert [answer.right for answer in examples[0].answers] == [False, True, True]
     assert examples[0].reference == '[{"name": "add", "arguments": {"a": 1}}]'
-    assert isinstance(examples[0], Example)
 
 
 @pytest.mark.slow

@@ -159,3 +159,25 @@ def test_the_list_shows_every_artifact(root, capsys, monkeypatch):
 )
 def test_durations_are_in_their_largest_unit(seconds, shown):
     assert store_stage._duration(seconds) == shown
+
+
+def test_a_run_anywhere_uses_what_it_asked_for(tmp_path):
+    store = Store(tmp_path / "artifacts", uses=tmp_path / "elsewhere/run/artifacts.txt")
+    store.get_or_build("pairs", 1, {}, {}, {}, lambda folder: {}, resumable=False)
+    [artifact] = stored(tmp_path / "artifacts", tmp_path / "outputs")
+    assert artifact.runs == ("../elsewhere/run",)
+
+
+def test_what_a_run_begins_to_use_while_it_is_asked_stays(root, monkeypatch):
+    [wanted] = [a for a in stored(root, root.parent) if a.stage == "explore" and not a.runs]
+
+    def answer(*_):
+        path = root.parent / "late/artifacts.txt"
+        path.parent.mkdir()
+        path.write_text(f"{wanted.name}\n")
+        return "y"
+
+    monkeypatch.setattr("builtins.input", answer)
+    store_stage.clean(run_of(root))
+    assert wanted.folder.is_dir()
+    assert len(named(root)) == 3

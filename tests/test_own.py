@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import dynprune, manifests, run_tiny
 
+from dynprune import plugins
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Estimate, Generate
 from dynprune.metrics.scores import SCORES
@@ -126,9 +127,27 @@ def test_what_ones_own_file_holds_belongs_to_the_fingerprint(folder):
     path = folder / "one_by_one.py"
     path.write_text(path.read_text() + "\n# Changed.\n")
     sys.modules.pop("one_by_one")
+    # As another process would.
+    plugins._imported.cache_clear()
     run_own(folder, "changed", "plugins=[one_by_one]", "exploration=one_by_one", "exploration.max_queries=2", "stage=explore")
     assert before
     assert len(names()) == 2 * len(before)
+
+
+def test_all_of_a_packages_files_count_and_a_list_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_package").mkdir()
+    for name in ("__init__", "inner"):
+        (tmp_path / f"a_package/{name}.py").write_text("")
+    [before] = import_plugins(["a_package"]).values()
+    (tmp_path / "a_package/inner.py").write_text("x = 1")
+    # What was imported counts, until another process imports anew.
+    assert import_plugins(["a_package"]) == {"a_package": before}
+    plugins._imported.cache_clear()
+    assert import_plugins(["a_package"]) != {"a_package": before}
+    with pytest.raises(ValueError, match=r"plugins=mine is no list of modules; allowed: plugins=\[mine\]"):
+        import_plugins("mine")
 
 
 def test_a_module_that_is_not_there_is_named(tmp_path, monkeypatch):

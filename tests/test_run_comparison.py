@@ -7,22 +7,28 @@ import math
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
-from dynprune.evaluation.run_comparison import compare_runs, render_comparison, write_comparison
+from dynprune.evaluation.comparison_output import render_comparison, write_comparison
+from dynprune.evaluation.run_comparison import compare_runs
 from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure, write_router
 
 SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
 
 
-def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1):
+def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1, lossless=()):
     """A run's folder; rows: by name, whether each answer is right, and what was said."""
     (folder / "report/samples").mkdir(parents=True)
-    (folder / ".hydra").mkdir()
-    (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
+    layers = layers or {}
     records = []
     for name, right in rows.items():
         samples = [
-            {"id": f"q{i}", "output": f"{name} {r}" if name != "original" else "full", "scores": dict.fromkeys(SCORES, r)}
+            {
+                "id": f"q{i}",
+                "output": f"{name} {r}" if name != "original" else "full",
+                "pruned_layers": list(range(round(layers.get(name, 0)))),
+                "scores": dict.fromkeys(SCORES, r),
+            }
             for i, r in enumerate(right)
         ]
         (folder / f"report/samples/{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -30,16 +36,17 @@ def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1):
             {
                 "name": name,
                 "n": len(right),
-                "mean_pruned_layers": (layers or {}).get(name, 0.0),
+                "mean_pruned_layers": layers.get(name, 0.0),
                 "nominal_speedup": 0.2,
                 "measured_speedup": {"median": speedup, "low": 0.0, "high": 0.3},
                 "timed": 4,
                 "truncated": 1,
+                "lossless": {"tokens": 1} if name in lossless else None,
             }
         )
     seed = next((int(o.partition("=")[2]) for o in overrides if o.startswith("seed=")), 0)
     config = {"seed": seed, "name": folder.name, "evaluation": {"router_seeds": list(seeds)}, "method": "x"}
-    table = {"rows": records, "machine": {"cpu": "one", "cores": 2}, "config": config}
+    table = {"rows": records, "machine": {"cpu": "one", "cores": 2}, "config": config, "overrides": overrides, "plugins": {}}
     (folder / "report/table.json").write_text(json.dumps(table))
     return read_run(folder)
 
@@ -131,26 +138,32 @@ def test_rows_on_other_queries_are_not_tested_against_each_other(tmp_path):
     ]
     comparison = compare_runs(runs)
     assert len(comparison.entries) == 4
-    assert comparison.comparisons == []
+    # Each against its own table's alone.
+    assert {(c.row, c.baseline) for c in comparison.comparisons} == {
+        (f"router-dpo max_queries={n}", f"original max_queries={n}") for n in (2, 3)
+    }
 
 
-def test_a_failed_run_says_why_in_every_file(tmp_path):
+def test_a_failed_run_says_why_in_every_file(tmp_path, monkeypatch):
     good = write_run(tmp_path / "0_good", ["method=dpo"], {"original": [1, 0], "router-dpo": [1, 1]})
-    bad = tmp_path / "1_bad"
-    (bad / ".hydra").mkdir(parents=True)
-    (bad / ".hydra/overrides.yaml").write_text("[method=orpo, seed=2]")
-    write_failure(bad, ValueError("router.k_max=99 is not possible\nmore"))
-    killed = tmp_path / "2_killed"
-    (killed / ".hydra").mkdir(parents=True)
-    (killed / ".hydra/overrides.yaml").write_text("[method=kto]")
+    bad, killed, listed = (tmp_path / name for name in ("1_bad", "2_killed", "3_listed"))
+    jobs = ((bad, ["method=orpo", "seed=2"], "all"), (killed, ["method=kto"], "all"), (listed, [], "list"))
+    for folder, overrides, stage in jobs:
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
+        (folder / ".hydra/config.yaml").write_text(yaml.safe_dump({"stage": stage, "seed": 0}))
+    monkeypatch.setattr("dynprune.evaluation.run_results.typed", lambda: ["method=orpo", "seed=2"])
+    write_failure(bad, ValueError("router.k_max=99 is not possible\nmore"), seed=2)
     assert all(map(is_run, (bad, killed)))
+    # What leaves nothing to compare is no failed run.
+    assert not is_run(listed)
     comparison = compare_runs([good, read_run(bad), read_run(killed)])
     written = {path.name: path for path in write_comparison(comparison, tmp_path / "out")}
     assert set(written) == {"comparison.json", "comparison.csv", "comparison.md", "comparison.png"}
     document = json.loads(written["comparison.json"].read_text())
     assert [(f["setting"], f["seed"], f["reason"]) for f in document["failed"]] == [
         ("method=orpo", "2", "router.k_max=99 is not possible"),
-        ("method=kto", "", "it has not ended, or was killed"),
+        ("method=kto", "0", "it has not ended, or was killed"),
     ]
     assert "router.k_max=99 is not possible" in written["comparison.md"].read_text()
     lines = list(csv.DictReader(written["comparison.csv"].open()))
@@ -160,12 +173,12 @@ def test_a_failed_run_says_why_in_every_file(tmp_path):
 
 
 def test_a_crash_is_named_by_its_kind(tmp_path):
-    write_failure(tmp_path, RuntimeError("CUDA out of memory"))
+    write_failure(tmp_path, RuntimeError("CUDA out of memory"), seed=0)
     assert read_run(tmp_path).failure == "RuntimeError: CUDA out of memory"
 
 
 def test_without_a_single_table_there_is_no_figure(tmp_path):
-    write_failure(tmp_path / "0_bad", RuntimeError("no"))
+    write_failure(tmp_path / "0_bad", RuntimeError("no"), seed=0)
     written = write_comparison(compare_runs([read_run(tmp_path / "0_bad")]), tmp_path / "out")
     assert {path.name for path in written} == {"comparison.json", "comparison.csv", "comparison.md"}
 
@@ -178,18 +191,19 @@ def test_no_runs_are_refused():
 def test_a_broken_table_is_named(tmp_path):
     write_run(tmp_path / "run", [], {"original": [1]})
     (tmp_path / "run/report/table.json").write_text('{"rows": []')
-    with pytest.raises(ValueError, match=r"report is broken .* run it again"):
+    with pytest.raises(ValueError, match=r"report/table.json is broken .* run it again"):
         read_run(tmp_path / "run")
 
 
 def test_a_table_is_that_of_a_configuration_wherever_it_was_run(tmp_path):
     write_run(tmp_path / "run", [], {"original": [1]})
     config = {"seed": 0, "name": "other", "evaluation": {"router_seeds": []}, "method": "x", "paths": {"run": "elsewhere"}}
-    assert has_table_of(tmp_path / "run", config)
-    assert not has_table_of(tmp_path / "run", config | {"method": "y"})
-    assert not has_table_of(tmp_path, config)
-    write_failure(tmp_path / "run", ValueError("later"))
-    assert not has_table_of(tmp_path / "run", config)
+    assert has_table_of(tmp_path / "run", config, {})
+    assert not has_table_of(tmp_path / "run", config | {"method": "y"}, {})
+    assert not has_table_of(tmp_path / "run", config, {"mine": "other code"})
+    assert not has_table_of(tmp_path, config, {})
+    write_failure(tmp_path / "run", ValueError("later"), seed=0)
+    assert not has_table_of(tmp_path / "run", config, {})
 
 
 def test_intervals_are_those_of_the_averages(tmp_path):
@@ -201,13 +215,12 @@ def test_intervals_are_those_of_the_averages(tmp_path):
     assert (interval.low, interval.high) == (pytest.approx(center - half), pytest.approx(center + half))
 
 
-def test_routers_that_were_trained_alone_are_compared_by_their_order_of_held_out_pairs(tmp_path):
+def test_routers_that_were_trained_alone_are_compared_by_their_order_of_held_out_pairs(tmp_path, monkeypatch):
     found = {("1e-3", 1): (0.5, 0.6), ("1e-3", 2): (0.7, 0.7), ("1e-4", 1): (0.4, 0.8)}
     for number, ((rate, seed), (loss, order)) in enumerate(found.items()):
-        folder = tmp_path / f"{number}_job"
-        (folder / ".hydra").mkdir(parents=True)
-        (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump([f"method.optimizer.lr={rate}", f"seed={seed}"]))
-        write_router(folder, loss, order, 3)
+        overrides = [f"method.optimizer.lr={rate}", f"seed={seed}"]
+        monkeypatch.setattr("dynprune.evaluation.run_results.typed", lambda overrides=overrides: overrides)
+        write_router(tmp_path / f"{number}_job", seed, loss, order, 3)
     comparison = compare_runs([read_run(folder) for folder in sorted(tmp_path.iterdir())])
     best, other = comparison.routers
     assert (best.setting, best.seeds, best.preference_accuracy, best.spread) == ("lr=1e-4", 1, 0.8, None)
@@ -220,3 +233,93 @@ def test_routers_that_were_trained_alone_are_compared_by_their_order_of_held_out
     assert json.loads(written[".json"].read_text())["routers"][0]["setting"] == "lr=1e-4"
     assert [line["setting"] for line in csv.DictReader(written[".csv"].open())] == ["lr=1e-4", "lr=1e-3"]
     assert render_comparison(comparison).renderables
+
+
+def test_what_settings_share_is_shared_though_a_seed_is_missing(tmp_path):
+    jobs = [("fbc", 1), ("fbc", 2), ("dpo", 1)]
+    runs = [
+        write_run(
+            tmp_path / f"{i}",
+            [f"method={method}", f"seed={seed}"],
+            {"original": [1, 0], "static-2": [seed - 1, 0], f"router-{method}": [1, 1]},
+            layers={"static-2": 2, f"router-{method}": 2},
+        )
+        for i, (method, seed) in enumerate(jobs)
+    ]
+    comparison = compare_runs(runs)
+    entries = entries_of(comparison)
+    assert {("", "original"), ("", "static-2")} <= set(entries)
+    # Of the setting that has more seeds.
+    assert entries["", "static-2"].summary.seeds == 2
+    tested = {(c.row, c.baseline) for c in comparison.comparisons}
+    assert {("router-dpo", "original"), ("router-dpo", "static-2"), ("router-fbc", "original")} <= tested
+
+
+def test_a_run_for_which_nothing_was_typed_is_a_setting_of_its_own(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", [], {"original": [1, 0], "router-dpo": [1, 1]}),
+        write_run(tmp_path / "b", ["model=other"], {"original": [1, 1, 1], "router-dpo": [0, 1, 1]}),
+    ]
+    comparison = compare_runs(runs)
+    assert set(entries_of(comparison)) == {
+        (setting, row) for setting in ("default", "model=other") for row in ("original", "router-dpo")
+    }
+    # Each against the unpruned SLM of its own table.
+    assert {(c.row, c.baseline) for c in comparison.comparisons} == {
+        ("router-dpo default", "original default"),
+        ("router-dpo model=other", "original model=other"),
+    }
+
+
+def test_a_sweep_that_was_run_twice_is_told_apart_by_the_sweeps_folders(tmp_path):
+    runs = [
+        write_run(tmp_path / sweep / f"0_seed={seed}", [f"seed={seed}"], {"original": [1], "router-dpo": [right]})
+        for sweep, seed, right in (("A", 1, 0), ("B", 1, 1))
+    ]
+    assert {setting for setting, row in entries_of(compare_runs(runs)) if row == "router-dpo"} == {"A/0_seed=1", "B/0_seed=1"}
+
+
+def test_rows_that_say_the_same_but_prune_or_draft_otherwise_are_not_shared(tmp_path):
+    runs = [
+        write_run(
+            tmp_path / f"{i}",
+            [f"x={i}"],
+            {"original": [1], "router-dpo": [0], "lossless": [1]},
+            layers={"router-dpo": i + 1},
+            lossless=("lossless",),
+            speedup=0.1 + 0.3 * i,
+        )
+        for i in range(2)
+    ]
+    entries = entries_of(compare_runs(runs))
+    assert set(entries) == {("", "original")} | {(f"x={i}", row) for i in range(2) for row in ("router-dpo", "lossless")}
+    assert [entries[f"x={i}", "lossless"].table_row.measured_speedup.median for i in range(2)] == [0.1, 0.4]
+
+
+def test_within_one_run_each_two_routers_are_tested_once(tmp_path):
+    rows = {"original": [1, 0], "router-a": [1, 1], "router-b": [0, 1], "router-c": [0, 0], "router-a@0.1": [1, 1]}
+    tested = {(c.row, c.baseline) for c in compare_runs([write_run(tmp_path / "run", [], rows)]).comparisons}
+    routers = {frozenset(pair) for pair in tested if "original" not in pair}
+    assert len(routers) == len([pair for pair in tested if "original" not in pair]) == 3
+
+
+def test_a_seed_that_was_not_typed_is_that_of_the_configuration(tmp_path):
+    typed = {"a": [], "b": ["seed=0"]}
+    runs = [write_run(tmp_path / name, typed[name], {"original": [1], "router-dpo": [name == "a"]}) for name in typed]
+    # The same seed twice: two settings, not two seeds.
+    assert set(entries_of(compare_runs(runs))) == {("", "original"), ("a", "router-dpo"), ("b", "router-dpo")}
+
+
+def test_brackets_of_a_setting_are_shown(tmp_path, capsys):
+    kinds = ("a", "/b")
+    runs = [write_run(tmp_path / f"{i}", [f"only=[{kinds[i]}]"], {"original": [1], "router-dpo": [i]}) for i in range(2)]
+    Console(width=120).print(render_comparison(compare_runs(runs)))
+    said = capsys.readouterr().out
+    assert "only=[a]" in said
+    assert "only=[/b]" in said
+
+
+def test_runs_that_differ_by_more_than_their_seeds_are_named(tmp_path):
+    runs = [write_run(tmp_path / f"{i}", [f"seed={i}"], {"original": [1] * (i + 1)}) for i in range(2)]
+    with pytest.raises(ValueError, match=r"differ by their seeds alone, but original answered other queries"):
+        compare_runs(runs)

@@ -35,10 +35,22 @@ def test_the_nearest_name_is_said(typed, said):
         ["zzzzzzzz=1"],
         ["method=zzzzzzzz", "method.anything=1"],
         ["not=[readable"],
+        # What README types, patterns, Hydra's own keys, and keys that are added by force.
+        ["stage=evaluate", "+base@evaluation.lossless.lookup=lossless", "zzzzzzzz2=1"],
+        ["method=glob(*)", "seed=1"],
+        ["hydra.verbose=true", "hydra.job.name=x"],
+        ["++method.min_score=-10"],
     ],
 )
 def test_where_everything_exists_or_nothing_is_near_nothing_is_said(typed):
     assert suggestions(typed, conf_dir()) == []
+
+
+def test_ones_own_options_are_known(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/smollm2_135m_mine.yaml").write_text("defaults: [smollm2_135m_fc, _self_]\n")
+    typed = ["-cd", str(tmp_path), "model=smollm2_135m_mine", "router.k_maxx=3"]
+    assert suggestions(typed, conf_dir()) == ["router.k_maxx: did you mean router.k_max?"]
 
 
 def test_several_mistakes_have_a_sentence_each():

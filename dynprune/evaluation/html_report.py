@@ -17,7 +17,8 @@ from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.cells import Grid, listed
-from dynprune.evaluation.run_comparison import RunComparison, comparison_grids, machines_sentence
+from dynprune.evaluation.comparison_output import comparison_grids, machines_sentence
+from dynprune.evaluation.run_comparison import RunComparison
 
 _EXAMPLES_OF_A_KIND = 3
 _ANSWERS_OF_AN_EXAMPLE = 6
@@ -173,9 +174,7 @@ def write_comparison_report(path: Path, comparison: RunComparison, picture: Path
         comparison: The comparison.
         picture: Its figure; ``None`` where no run has a table.
     """
-    runs = {folder for entry in comparison.entries for folder in entry.runs}
-    runs |= {folder for router in comparison.routers for folder in router.runs}
-    facts = [f"{len(runs)} runs"]
+    facts = [f"{comparison.runs} runs"]
     if comparison.failures:
         facts.append(f"{len(comparison.failures)} failed")
     alt = "AST match of each setting against its speedup"

@@ -1,16 +1,17 @@
 """What a finished run left in its folder, read back for a comparison with others.
 
 A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl``, or ``router.json`` where it trained a router alone,
-and what it was told to do in ``.hydra/overrides.yaml``. A job of a sweep that failed left ``failure.json`` in their place.
+or ``failure.json`` where it is a job of a sweep that failed. Each says what was typed; of a killed run ``.hydra`` does.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 from dynprune.atomic import replacing
 from dynprune.evaluation.agreement import agreement
@@ -19,9 +20,11 @@ from dynprune.evaluation.cells import json_value
 TABLE = "report/table.json"
 _FAILURE = "failure.json"
 _ROUTER = "router.json"
-_OVERRIDES = ".hydra/overrides.yaml"
+_OVERRIDES, _CONFIG = ".hydra/overrides.yaml", ".hydra/config.yaml"
+WITH_TABLE = ("all", "evaluate", "report")
+"""The stages that leave a table."""
 # Keys that say how and where a run is run, and change no figure of its table.
-_WHERE_AND_HOW = ("stage", "name", "paths", "logger", "skip_completed", "runs")
+_WHERE_AND_HOW = ("stage", "name", "paths", "logger", "skip_completed", "runs", "export_router", "source")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class RowResult:
         seed: The seed of its router, or the run's.
         record: What ``table.json`` says about it.
         ids: The queries.
-        outputs: What was said to each of them.
+        said: What identifies the row's answers: for each query the pruned layers and the output.
         scores: By name, a score for each of them; ``agreement`` is among them.
     """
 
@@ -41,7 +44,7 @@ class RowResult:
     seed: int
     record: Mapping[str, Any]
     ids: tuple[str, ...]
-    outputs: tuple[str, ...]
+    said: tuple[tuple[str, tuple[int, ...], str], ...]
     scores: Mapping[str, tuple[float, ...]]
 
 
@@ -52,6 +55,7 @@ class RunResult:
     Attributes:
         folder: Its folder.
         overrides: What was typed, by key.
+        seed: Its seed.
         rows: The rows of its table; none where it failed.
         machine: The machine; empty where it failed.
         failure: Why there is nothing to compare; ``None`` where there is.
@@ -60,33 +64,48 @@ class RunResult:
 
     folder: Path
     overrides: Mapping[str, str]
-    rows: Sequence[RowResult]
-    machine: Mapping[str, Any]
+    seed: str
+    rows: Sequence[RowResult] = ()
+    machine: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     router: Mapping[str, float] | None = None
 
 
-def write_router(folder: Path, validation_loss: float, preference_accuracy: float, best_epoch: int) -> None:
+def typed() -> list[str]:
+    """What was typed for the job that Hydra runs at this moment; nothing where it runs none."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def write_router(folder: Path, seed: int, validation_loss: float, preference_accuracy: float, best_epoch: int) -> None:
     """Notes in a run's folder what the training of its router came to.
 
     Args:
         folder: The folder.
+        seed: The run's seed.
         validation_loss: The least loss on held-out data.
         preference_accuracy: Share of held-out pairs in the right order, with that checkpoint.
         best_epoch: The epoch of that checkpoint.
     """
-    record = {"validation_loss": validation_loss, "preference_accuracy": preference_accuracy, "best_epoch": best_epoch}
-    with replacing(folder / _ROUTER) as path:
-        path.write_text(json.dumps(record), encoding="utf-8")
+    found = {"validation_loss": validation_loss, "preference_accuracy": preference_accuracy, "best_epoch": best_epoch}
+    _note(folder / _ROUTER, {"router": found, "seed": seed})
 
 
-def write_failure(folder: Path, error: BaseException) -> None:
+def write_failure(folder: Path, error: BaseException, seed: int) -> None:
     """Notes in a run's folder why it ended without a table."""
     first_line = next(iter(str(error).strip().splitlines()), "")
     # A user's mistake is said by its sentence alone.
     kind = "" if isinstance(error, ValueError) and first_line else f"{type(error).__name__}: "
-    with replacing(folder / _FAILURE) as path:
-        path.write_text(json.dumps({"error": f"{kind}{first_line}".rstrip(": ")}), encoding="utf-8")
+    _note(folder / _FAILURE, {"error": f"{kind}{first_line}".rstrip(": "), "seed": seed})
+
+
+def _note(target: Path, what: Mapping[str, Any]) -> None:
+    with replacing(target) as path:
+        path.write_text(json.dumps({**what, "overrides": typed()}), encoding="utf-8")
+
+
+def failed(folder: Path) -> bool:
+    """Whether the last attempt at a job failed."""
+    return (folder / _FAILURE).is_file()
 
 
 def forget_failure(folder: Path) -> None:
@@ -94,18 +113,19 @@ def forget_failure(folder: Path) -> None:
     (folder / _FAILURE).unlink(missing_ok=True)
 
 
-def failure_of(folder: Path) -> str | None:
-    """Why a run ended without a table; ``None`` where nothing is noted."""
-    path = folder / _FAILURE
-    return str(json.loads(path.read_text(encoding="utf-8"))["error"]) if path.is_file() else None
+def has_table_of(folder: Path, config: Mapping[str, Any], plugins: Mapping[str, str]) -> bool:
+    """Whether a run has left its table in a folder; where and under which name it ran does not matter.
 
-
-def has_table_of(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run of this configuration has left its table in a folder; where and under which name it ran does not matter."""
-    if failure_of(folder) is not None or not (folder / TABLE).is_file():
+    Args:
+        folder: The folder.
+        config: The run's configuration.
+        plugins: Hashes of the code that is not this package's.
+    """
+    if failed(folder) or not (folder / TABLE).is_file():
         return False
     table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-    return _what_matters(table["config"]) == _what_matters(json_value(config))
+    same_code = table.get("plugins", {}) == plugins
+    return same_code and _what_matters(table["config"]) == _what_matters(json_value(config))
 
 
 def _what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,8 +133,12 @@ def _what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, whatever became of it."""
-    return any((folder / name).is_file() for name in (TABLE, _ROUTER, _FAILURE, _OVERRIDES))
+    """Whether a folder is that of a run with something to compare, or of one that should have left it and did not."""
+    if any((folder / name).is_file() for name in (TABLE, _ROUTER, _FAILURE)):
+        return True
+    if not (folder / _CONFIG).is_file():
+        return False
+    return yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8")).get("stage") in (*WITH_TABLE, "router")
 
 
 def read_run(folder: Path) -> RunResult:
@@ -123,39 +147,41 @@ def read_run(folder: Path) -> RunResult:
     Raises:
         ValueError: Its table or its samples are broken.
     """
-    overrides = _overrides(folder)
-    if (failure := failure_of(folder)) is not None:
-        return RunResult(folder, overrides, (), {}, failure)
-    if not (folder / TABLE).is_file():
-        if (folder / _ROUTER).is_file():
-            return RunResult(folder, overrides, (), {}, router=json.loads((folder / _ROUTER).read_text(encoding="utf-8")))
-        return RunResult(folder, overrides, (), {}, "it has not ended, or was killed")
-    try:
-        table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-        return RunResult(folder, overrides, _rows(folder, table), table["machine"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'report'} is broken ({type(error).__name__}: {error}); run it again") from error
+    for name in (_FAILURE, TABLE, _ROUTER):
+        if not (folder / name).is_file():
+            continue
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            # Tables of earlier versions do not say what was typed.
+            overrides = _by_key(found.get("overrides", []))
+            if name == _FAILURE:
+                return RunResult(folder, overrides, str(found["seed"]), failure=found["error"])
+            if name == _ROUTER:
+                return RunResult(folder, overrides, str(found["seed"]), router=found["router"])
+            return RunResult(folder, overrides, str(found["config"]["seed"]), _rows(folder, found), found["machine"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / name} is broken ({type(error).__name__}: {error}); run it again") from error
+    config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
+    overrides = _by_key(yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or [])
+    return RunResult(folder, overrides, str(config["seed"]), failure="it has not ended, or was killed")
 
 
-def _overrides(folder: Path) -> dict[str, str]:
-    if not (folder / _OVERRIDES).is_file():
-        return {}
-    lines: list[str] = yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or []
-    pairs = (str(line).partition("=") for line in lines)
+def _by_key(overrides: Sequence[str]) -> dict[str, str]:
+    pairs = (str(line).partition("=") for line in overrides)
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
 def _rows(folder: Path, table: Mapping[str, Any]) -> list[RowResult]:
-    config = table["config"]
     full = _read_samples(folder, table["rows"][0]["name"])
     found = []
     for record in table["rows"]:
         samples = _read_samples(folder, record["name"])
-        outputs = tuple(sample["output"] for sample in samples)
+        outputs = [sample["output"] for sample in samples]
         scores = {name: tuple(float(sample["scores"][name]) for sample in samples) for name in samples[0]["scores"]}
         scores["agreement"] = tuple(agreement(outputs, [sample["output"] for sample in full]))
-        name, seed = _without_seed(record["name"], config)
-        found.append(RowResult(name, seed, record, tuple(sample["id"] for sample in samples), outputs, scores))
+        name, seed = _without_seed(record["name"], table["config"])
+        said = tuple((sample["id"], tuple(sample["pruned_layers"]), sample["output"]) for sample in samples)
+        found.append(RowResult(name, seed, record, tuple(sample["id"] for sample in samples), said, scores))
     return found
 
 

@@ -134,6 +134,8 @@ def write_table(
     config: Mapping[str, Any],
     comparisons: Sequence[Comparison] = (),
     seeds: Mapping[str, SeedSummary] | None = None,
+    overrides: Sequence[str] = (),
+    plugins: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``table.json``, ``table.csv`` and ``table.md``, each complete or not at all.
 
@@ -145,6 +147,8 @@ def write_table(
         config: The resolved config that the numbers come from.
         comparisons: Paired comparisons between rows.
         seeds: AST match of what has a row for each of several seeds, averaged over these.
+        overrides: What was typed for the run.
+        plugins: Hashes of the code that is not this package's, by module.
     """
     seeds = seeds or {}
     document = {
@@ -154,6 +158,8 @@ def write_table(
         "machine": machine,
         "versions": versions,
         "config": config,
+        "overrides": list(overrides),
+        "plugins": dict(plugins or {}),
     }
     texts = {
         "table.json": json.dumps(json_value(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",

@@ -162,8 +162,8 @@ class RouterTraining(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what training does not change, a frozen encoder and the reference: some 90 MB each with MiniLM."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser of the config, over what is trained."""

@@ -195,6 +195,9 @@ def _load(name_or_path: str, revision: str | None) -> tuple[PreTrainedModel, Pre
 def _wheel_folder(name: str) -> Path:
     """Finds the folder in an installed package without importing the package."""
     package, _, inner = name.removeprefix(_WHEEL).partition("/")
+    if not package.isidentifier():
+        # To find a package in a package would run code of the outer one.
+        raise ValueError(f"router.encoder.name_or_path={name!r}: {package!r} is no package's name; allowed: one without dots")
     spec = importlib.util.find_spec(package)
     requirement = _REQUIREMENTS.get(package, package.replace("_", "-"))
     if spec is None or not spec.submodule_search_locations:

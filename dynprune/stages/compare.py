@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dynprune.evaluation.comparison_output import render_comparison, write_comparison
 from dynprune.evaluation.html_report import write_comparison_report
-from dynprune.evaluation.run_comparison import compare_runs, render_comparison, write_comparison
+from dynprune.evaluation.run_comparison import compare_runs
 from dynprune.evaluation.run_results import is_run, read_run
 from dynprune.stages.run import Run
 
@@ -38,24 +39,20 @@ def compare(run: Run) -> Path:
     return run.folder
 
 
-def show_comparison(folders: Sequence[Path], target: Path) -> bool:
-    """Compares runs, prints the comparison and writes it.
+def show_comparison(folders: Sequence[Path], target: Path) -> None:
+    """Compares runs, writes the comparison and prints it.
 
     Args:
         folders: The runs' folders, in any order.
         target: Where to write.
-
-    Returns:
-        Whether every run has a table.
     """
     comparison = compare_runs([read_run(folder) for folder in sorted(folders, key=_by_number)])
-    Console().print(render_comparison(comparison))
     written = write_comparison(comparison, target)
     picture = next((path for path in written if path.suffix == ".png"), None)
     write_comparison_report(target / "report.html", comparison, picture)
+    Console().print(render_comparison(comparison))
     for path in (*written, target / "report.html"):
         log.info("wrote %s", os.path.relpath(path))
-    return not comparison.failures
 
 
 def _by_number(folder: Path) -> tuple[int, str]:

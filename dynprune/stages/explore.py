@@ -61,11 +61,22 @@ def explore_splits(run: Run) -> None:
             f"exploration.shard={settings.shard} is no shard of exploration.shards={settings.shards}; allowed: 0 to "
             f"{settings.shards - 1}, or null, which merges them"
         )
-    for split in ("train", "validation"):
-        if settings.shard is None:
+    splits = ("train", "validation")
+    if settings.shard is None:
+        for split in splits:
             explore(run, split)
-        else:
-            _explore_shard(run, split, settings.shard)
+        return
+    shards = {split: _queries(run, split)[settings.shard :: settings.shards] for split in splits}
+    # Before the first of them is explored: other shards than these would be of no use to it.
+    for split, queries in shards.items():
+        if not queries:
+            raise ValueError(
+                f"exploration.shard={settings.shard} has no {split} query; lower exploration.shards={settings.shards}, or "
+                f"raise {_LIMITS[split]}"
+            )
+    for split, queries in shards.items():
+        build = _exploring(run, split, queries)
+        run.store.get_or_build(_SHARD, VERSION, *_identity(run, queries), build, resumable=True)
 
 
 @once_a_run
@@ -127,17 +138,6 @@ def _taken(run: Run, split: str, queries: Sequence[Query]) -> Artifact:
 
     config = {"rollouts": content_digest(settings.folder, ("rollouts-*.parquet",)), "score": settings.score}
     return run.store.get_or_build("explore", VERSION, config, digest(queries), {}, build, resumable=False)
-
-
-def _explore_shard(run: Run, split: str, shard: int) -> Artifact:
-    """Makes the rollouts of every so-manieth query."""
-    queries = _queries(run, split)[shard :: run.config.exploration.shards]
-    if not queries:
-        raise ValueError(
-            f"exploration.shard={shard} has no {split} query; lower exploration.shards={run.config.exploration.shards}"
-        )
-    build = _exploring(run, split, queries)
-    return run.store.get_or_build(_SHARD, VERSION, *_identity(run, queries), build, resumable=True)
 
 
 def _queries(run: Run, split: str) -> list[Query]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dynprune.adapters.checkpoint import load_adapters
 from dynprune.dynamic_model import DynamicModel
+from dynprune.evaluation.run_results import has_table_of
 from dynprune.router.checkpoint import load_router
 from dynprune.router.policies import build_policy
 from dynprune.stages.adapters import adapters
@@ -29,10 +30,16 @@ def export(run: Run) -> Path:
     """
     name = run.config.export_router
     methods = run.config.evaluation.routers
-    if name is not None and name not in methods:
-        raise ValueError(f"export_router={name} is no router of the table; allowed: {', '.join(methods) or 'null'}")
+    if (name is None) == bool(methods) or (methods and name not in methods):
+        allowed = ", ".join(methods) if methods else "null, which takes the router of method"
+        raise ValueError(f"export_router={name} is no router of the table; allowed: {allowed}")
     chosen = run if name is None else with_own_router(run, name)
-    trained = router(chosen, run.config.method if name is None else methods[name])
+    # The first of the table's seeds, so that the model is one that the table has measured.
+    seed = next(iter(run.config.evaluation.router_seeds), run.config.seed)
+    trained = router(chosen, run.config.method if name is None else methods[name], seed)
+    folder = run.folder / "model"
+    if run.store.rank > 0:
+        return folder
     network, extra = load_router(trained.folder / ROUTER, run.slm)
     stack = adapters(run)
     model = DynamicModel(
@@ -44,7 +51,6 @@ def export(run: Run) -> Path:
         router_layers(chosen),
         _card(run, extra["method"]),
     )
-    folder = run.folder / "model"
     model.save_pretrained(folder)
     log.info("wrote %s; use it by dynprune.DynamicModel.from_pretrained(%r)", os.path.relpath(folder), os.path.relpath(folder))
     return folder
@@ -55,12 +61,19 @@ def _source(run: Run) -> dict[str, Any]:
     loader = settings.pop("_target_").rpartition(".")[2]
     if loader not in _KINDS:
         raise ValueError(f"model._target_ ends in {loader}, which an exported model cannot name; allowed: {', '.join(_KINDS)}")
+    # What auto stood for in this run, and where a folder lies, whatever the machine and the place it is loaded in.
+    settings["dtype"] = run.model_identity["dtype"]
+    for key in ("name", "delta"):
+        if settings.get(key) is not None and Path(settings[key]).is_dir():
+            settings[key] = str(Path(settings[key]).resolve())
     return {"kind": _KINDS[loader], "arguments": settings}
 
 
 def _card(run: Run, method: str) -> str:
+    # Another configuration's table is not this model's.
+    measured_here = has_table_of(run.folder, plain(run.config), run.store.plugins)
     table = run.folder / "report" / "table.md"
-    measured = table.read_text(encoding="utf-8") if table.is_file() else "Not measured: stage=evaluate writes the table.\n"
+    measured = table.read_text(encoding="utf-8") if measured_here else "Not measured: stage=evaluate writes the table.\n"
     return f"""---
 library_name: dynprune
 tags: [layer-pruning, function-calling]

@@ -30,6 +30,7 @@ from dynprune.evaluation.headline import write_headline
 from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.machine import describe_machine, versions
+from dynprune.evaluation.run_results import typed
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
@@ -79,7 +80,7 @@ def report(run: Run) -> Path:
     seeds = {name: over_seeds(scores) for name, scores in _by_name(evaluation).items() if len(scores) > 1}
     # What an earlier run of this name wrote may be about other rows: it is replaced as a whole.
     shutil.rmtree(new, ignore_errors=True)
-    write_table(rows, new, machine, versions(), config, comparisons, seeds)
+    write_table(rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins)
     for name, samples in evaluation.samples.items():
         write_samples(samples, new / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, new / "accuracy_speedup.png")

@@ -47,7 +47,7 @@ def train_router(run: Run) -> None:
     counts = router(run).manifest["counts"]
     # A ready router was not trained here.
     if counts and run.store.rank == 0:
-        write_router(run.folder, **counts)
+        write_router(run.folder, run.config.seed, **counts)
 
 
 def router(run: Run, method: DictConfig | None = None, seed: int | None = None) -> Artifact:
@@ -125,8 +125,9 @@ def _train(
     data = _data(run, method, seed, source, held_out, network, policy)
     trainer.fit(module, data)
     best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
-    # What was trained; the rest is not in it.
-    module.load_state_dict(best["state_dict"], strict=False)
+    # What training does not change is not in it.
+    unexpected = module.load_state_dict(best["state_dict"], strict=False).unexpected_keys
+    assert not unexpected, f"the checkpoint has {unexpected}"
     trainer.validate(module, data, verbose=False)
     # Of held-out pairs, the share in which the winner is the likelier configuration.
     preferred = float(trainer.callback_metrics["validation/rewards/accuracies"])

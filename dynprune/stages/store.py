@@ -41,8 +41,12 @@ def clean(run: Run) -> None:
     if not wanted:
         log.info("nothing was removed")
         return
+    # A run may have begun to use some of them while the question stood.
+    still = {artifact.name for artifact in _stored(run) if not artifact.runs}
     for artifact in unused:
-        if remove(artifact):
+        if artifact.name not in still:
+            log.info("kept %s, which a run has begun to use", artifact.name)
+        elif remove(artifact):
             log.info("removed %s", artifact.name)
         else:
             log.info("kept %s, which a process builds at this moment", artifact.name)
