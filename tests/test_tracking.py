@@ -1,31 +1,43 @@
 """Weights & Biases, offline: what a job leaves there is read back from its own file."""
 
+import time
+
 import pytest
 import wandb
 from tiny import run_tiny
 from wandb.proto import wandb_internal_pb2
 
+BLOCK = 32768
 LOGGERS = ("logger=[csv,wandb]", "logger.wandb.offline=true", "evaluation.latency.queries=0")
 
 
 def records(folder):
-    """What was sent, or would have been: the records of the one offline run under a folder."""
+    """What was sent, or would have been: the records of the one offline run under a folder, to its end."""
+    deadline = time.monotonic() + 30
+    # Its process writes the file a little after the run has finished.
+    while not exit_codes(found := list(_read(folder))):
+        assert time.monotonic() < deadline, "the run has no end"
+        time.sleep(0.1)
+    return found
+
+
+def _read(folder):
+    """LevelDB's log: blocks of records in one piece or several, after a header of seven bytes."""
     [path] = folder.rglob("run-*.wandb")
-    data, found = path.read_bytes(), []
-    place, block = 7, 32768
-    pieces = b""
+    data, place, pieces = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
-        if block - place % block < 7:
-            place += block - place % block
+        if (left := BLOCK - place % BLOCK) < 7:
+            place += left
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         pieces += data[place + 7 : place + 7 + length]
         place += 7 + length
+        if place > len(data):
+            return
         # A record in one piece, or its last piece.
         if kind in (1, 4):
-            found.append(wandb_internal_pb2.Record.FromString(pieces))
+            yield wandb_internal_pb2.Record.FromString(pieces)
             pieces = b""
-    return found
 
 
 def logged(found):
