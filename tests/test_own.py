@@ -107,8 +107,8 @@ def test_a_method_of_ones_own_has_its_equation(folder):
     module.__dict__["_margin"] = 2.0
     module.__dict__["log_probs"] = lambda outputs, batch: (torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -5.0]))
     assert hinge.preference_terms(module, None, None).loss_B.tolist() == [1.0, 0.0]
-    run_own(folder, "method", "plugins=[hinge]", "method=hinge", "evaluation.latency.queries=0", "evaluation.max_queries=4")
-    assert (folder / "outputs/method/report/samples/router-hinge.jsonl").is_file()
+    run_own(folder, "method", "plugins=[hinge]", "method=hinge", "stage=router", "exploration.max_queries=2")
+    assert "hinge" in {m["config"]["method"]["name"] for m in manifests(folder, "router")}
 
 
 def test_data_of_ones_own_is_split_by_its_functions(folder):

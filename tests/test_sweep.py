@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import dynprune, run_tiny
+from tiny import dynprune, manifests, run_tiny
 
 SWEEP = ("-m", "experiment=tiny", "evaluation.latency.queries=0", "evaluation.max_queries=4", "method=dpo,orpo")
 
@@ -30,6 +30,16 @@ def test_a_sweep_ends_with_a_comparison_in_which_failed_jobs_say_why(swept):
     assert "Traceback" not in result.stdout + result.stderr
 
 
+def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(swept):
+    folder, _, result = swept
+    assert [len(manifests(folder, stage)) for stage in ("adapters", "explore", "static")] == [1, 2, 1]
+    # The sweep changes the methods alone: what lies before them is that of the first job.
+    assert "reusing adapters" in result.stdout
+    assert "reusing explore" in result.stdout
+    assert {m["config"]["method"]["name"] for m in manifests(folder, "router")} == {"dpo", "orpo"}
+
+
+@pytest.mark.slow
 def test_a_sweep_that_was_cut_off_is_finished_without_doing_anything_twice(swept):
     folder, sweep, result = swept
     assert f"hydra.sweep.dir={sweep.relative_to(folder)} skip_completed=true" in result.stdout

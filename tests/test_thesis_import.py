@@ -92,6 +92,7 @@ def test_importing_again_changes_nothing(published):
     assert {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_uses_what_was_imported(published):
     folder, imported, _, rows = published
     used = (
