@@ -19,7 +19,6 @@ from dynprune.evaluation.figures import (
     build_layer_counts,
     build_layer_error,
     build_layers_pruned,
-    build_training_curves,
     layer_error,
     layers_pruned,
 )
@@ -27,7 +26,7 @@ from dynprune.evaluation.labels import Label, place_labels
 from dynprune.evaluation.statistics import Interval, MedianInterval, mean_interval
 from dynprune.evaluation.style import row_color
 from dynprune.evaluation.table import SCORES, TableRow
-from dynprune.evaluation.training_curves import TrainingCurve, read_curve
+from dynprune.evaluation.training_curves import TrainingCurve, build_training_curves, read_curve
 
 
 def make_row(name, layers, accuracy, speedup, nominal):

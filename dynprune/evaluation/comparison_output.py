@@ -47,16 +47,12 @@ def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
 
 def render_comparison(comparison: RunComparison) -> Group:
     """The main columns for a terminal of 80 columns, and below them the runs that failed."""
-    table = rich.table.Table(
-        title="Comparison of runs",
-        caption="% with 95% intervals; spread: standard deviation over seeds, in points",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = _empty_table(
+        "Comparison of runs",
+        "% with 95% intervals; spread: standard deviation over seeds, in points",
+        ("setting", "row"),
+        ("seeds", score_label(RIGHT_BY), "spread", "layers", "measured"),
     )
-    table.add_column("setting", overflow="fold")
-    table.add_column("row", overflow="fold")
-    for header in ("seeds", score_label(RIGHT_BY), "spread", "layers", "measured"):
-        table.add_column(header, justify="right", no_wrap=True)
     for entry in comparison.entries:
         table.add_row(
             # Not a plain text, in which brackets would be rich's own.
@@ -76,17 +72,23 @@ def render_comparison(comparison: RunComparison) -> Group:
 
 
 def _render_routers(routers: Sequence[RouterEntry]) -> rich.table.Table:
-    table = rich.table.Table(
-        title="Routers on held-out queries",
-        caption="pairs in order: share in which the winner is likelier, %; spread: over seeds, in points",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = _empty_table(
+        "Routers on held-out queries",
+        "pairs in order: share in which the winner is likelier, %; spread: over seeds, in points",
+        ("setting",),
+        ("seeds", "pairs in order", "spread", "loss"),
     )
-    table.add_column("setting", overflow="fold")
-    for header in ("seeds", "pairs in order", "spread", "loss"):
-        table.add_column(header, justify="right", no_wrap=True)
     for line in _router_lines(routers):
         table.add_row(*map(Text, line))
+    return table
+
+
+def _empty_table(title: str, caption: str, names: Sequence[str], figures: Sequence[str]) -> rich.table.Table:
+    table = rich.table.Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in names:
+        table.add_column(header, overflow="fold")
+    for header in figures:
+        table.add_column(header, justify="right", no_wrap=True)
     return table
 
 

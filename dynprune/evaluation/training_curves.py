@@ -1,10 +1,17 @@
-"""How a router learned: its losses and its order of held-out pairs, epoch by epoch, as Lightning's CSV logger left them."""
+"""How routers learned, by what Lightning's CSV logger left: losses and order of held-out pairs by epoch, and their figure."""
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dynprune.evaluation.style import DPI, GREY, INK, WIDTH, finish_axes, row_color, save, write_title
 
 METRICS = "metrics.csv"
 _TRAINING, _VALIDATION, _ORDER = "train/loss", "validation/loss", "validation/rewards/accuracies"
@@ -51,3 +58,49 @@ def read_curve(path: Path) -> TrainingCurve:
         [values[_VALIDATION][0] for values in complete.values()],
         [values[_ORDER][0] for values in complete.values()],
     )
+
+
+def build_training_curves(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:
+    """Draws how routers learned: a panel for each method's losses, and one for the order of held-out pairs.
+
+    Args:
+        curves: By method, a curve for each seed.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There are no curves.
+    """
+    if not curves:
+        raise ValueError("The figure of training curves needs the curve of at least one router.")
+    panels = len(curves) + 1
+    columns = min(3, panels)
+    lines = math.ceil(panels / columns)
+    height = 1.35 + 2.1 * lines
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI / 2, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure.subplots_adjust(left=0.06, right=0.975, bottom=0.55 / height, top=1 - 0.95 / height, hspace=0.6, wspace=0.3)
+    for ax in axes[panels:]:
+        ax.remove()
+    *losses, order = axes[:panels]
+    for ax, (method, seeds) in zip(losses, curves.items(), strict=True):
+        color = row_color(f"router-{method}")
+        for curve in seeds:
+            ax.plot(curve.epochs, curve.training_loss, color=color, lw=1.2, alpha=0.6, ls=(0, (3, 2)))
+            ax.plot(curve.epochs, curve.validation_loss, color=color, lw=1.5)
+            order.plot(curve.epochs, [100 * share for share in curve.preference_accuracy], color=color, lw=1.5, alpha=0.8)
+        ax.set_title(f"{method}: loss", loc="left", fontsize=9.5, color=color, weight="bold")
+    order.axhline(50, color=GREY, lw=0.9, ls=(0, (2, 2)), zorder=1)
+    order.set_title("Held-out pairs in order, %", loc="left", fontsize=9.5, color=INK, weight="bold")
+    for ax in axes[:panels]:
+        finish_axes(ax, "", "Epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    write_title(figure, "How the routers learned", "Dashed: on the train split. Solid: on held-out queries. One line a seed.")
+    return figure
+
+
+def training_curves(curves: Mapping[str, Sequence[TrainingCurve]], path: Path) -> None:
+    """Writes the figure of `build_training_curves` to `path`."""
+    save(build_training_curves(curves), path)

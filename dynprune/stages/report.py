@@ -24,7 +24,6 @@ from dynprune.evaluation.figures import (
     layer_counts,
     layer_error,
     layers_pruned,
-    training_curves,
 )
 from dynprune.evaluation.headline import write_headline
 from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
@@ -34,7 +33,7 @@ from dynprune.evaluation.run_results import typed
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
-from dynprune.evaluation.training_curves import TrainingCurve, read_curve
+from dynprune.evaluation.training_curves import TrainingCurve, read_curve, training_curves
 from dynprune.stages.adapters import adapters
 from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
