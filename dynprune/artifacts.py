@@ -16,45 +16,26 @@ import json
 import logging
 import math
 import os
-import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynprune.atomic import flush, replacing
+from dynprune.atomic import flush
+from dynprune.manifests import MANIFEST, broken, peak_memory_mib, read_manifest, versions, write_manifest
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 USES = "artifacts.txt"
 """Where a run's folder notes the artifacts that it asked for."""
 RUNS = "runs.txt"
 """Where the store notes the folders of the runs that asked for artifacts."""
-
-# The packages whose release can change an artifact's content.
-PACKAGES = (
-    "dynprune",
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "lightning",
-    "peft",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pyarrow",
-)
 
 
 def fingerprint(
@@ -223,7 +204,7 @@ class Store:
             if not path.exists():
                 # Another process has just finished it.
                 continue
-            found = _read_json(path, ("version", "config", "data", "upstream"))
+            found = read_manifest(path, ("version", "config", "data", "upstream"))
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
                 yield path.parent
 
@@ -276,13 +257,13 @@ class Store:
         # Written before the work, so that an attempt that is killed leaves a trace of when it began.
         attempt: dict[str, Any] = {"started": time.time(), "seconds": None}
         manifest = {**identity, "attempts": [*attempts, attempt]}
-        _write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
         begin = time.monotonic()
         try:
             counts = _plain(build(partial), "counts")
         except BaseException:
             attempt["seconds"] = time.monotonic() - begin
-            _write_manifest(partial, manifest)
+            write_manifest(partial, manifest)
             then = "goes on from there" if resumable else "goes on from the stages before it"
             kept = f"what it wrote is kept in {partial}, and the same command {then}"
             log.warning("%s stopped after %.1f s; %s", name, attempt["seconds"], kept)
@@ -291,11 +272,11 @@ class Store:
         manifest |= {
             "wall_clock_s": sum(each["seconds"] for each in manifest["attempts"]),
             "counts": counts,
-            "versions": _versions(),
-            "peak_memory_mib": _peak_memory_mib(),
+            "versions": versions(),
+            "peak_memory_mib": peak_memory_mib(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _write_manifest(partial, manifest)
+        write_manifest(partial, manifest)
         _publish(partial, place)
         log.info("made %s in %.1f s: %s", name, manifest["wall_clock_s"], place)
         return _read(place)
@@ -341,7 +322,7 @@ def _earlier_attempts(partial: Path) -> list[dict[str, Any]]:
     """Read how long the earlier attempts at this folder took."""
     if not (partial / MANIFEST).exists():
         return []
-    attempts: list[dict[str, Any]] = _read_json(partial / MANIFEST, ("attempts",))["attempts"]
+    attempts: list[dict[str, Any]] = read_manifest(partial / MANIFEST, ("attempts",))["attempts"]
     for attempt in attempts:
         # Killed without a word: it lived at least until its last write.
         if attempt["seconds"] is None:
@@ -363,37 +344,11 @@ def _read(place: Path) -> Artifact:
     """Read a complete artifact and check that its manifest is the one of this folder."""
     path = place / MANIFEST
     keys = ("stage", "fingerprint", "version", "config", "data", "upstream", "wall_clock_s", "created")
-    manifest = _read_json(path, keys)
+    manifest = read_manifest(path, keys)
     expected = fingerprint(*(manifest[key] for key in ("stage", "version", "config", "data", "upstream")))
     if (manifest["stage"], manifest["fingerprint"], expected) != (place.parent.name, place.name, place.name):
-        raise _broken(path, "is of another artifact, or was edited")
+        raise broken(path, "is of another artifact, or was edited")
     return Artifact(place.parent.name, place.name, place, manifest)
-
-
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise _broken(path, "is missing") from None
-    except ValueError as error:
-        raise _broken(path, f"is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise _broken(path, "is not a JSON object")
-    if absent := [key for key in keys if key not in content]:
-        raise _broken(path, f"lacks {', '.join(absent)}")
-    return content
-
-
-def _broken(path: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{path} {why}, so this folder cannot be trusted: delete it (rm -r {path.parent}) and run the same "
-        "command again, which makes it anew."
-    )
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: object, key: str) -> Any:
@@ -413,25 +368,3 @@ def _plain(value: object, key: str) -> Any:
         if not isinstance(name, str):
             raise ValueError(f"{key} has the key {name!r} ({type(name).__name__}): put quotes around it.")
     return {name: _plain(item, f"{key}.{name}") for name, item in value.items()}
-
-
-def _versions() -> dict[str, str]:
-    """Releases of Python, of the platform and of the packages that are installed."""
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            versions[package] = installed_version(package)
-        except PackageNotFoundError:  # A checkout that is run without being installed.
-            continue
-    return versions
-
-
-def _peak_memory_mib() -> dict[str, float]:
-    """The most memory that this process has held so far, in MiB, and that torch held on the current GPU."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
-    torch = sys.modules.get("torch")  # A stage that never imported torch used no GPU.
-    if torch is not None and torch.cuda.is_available():
-        peak["gpu"] = torch.cuda.max_memory_allocated() / 2**20
-    return peak

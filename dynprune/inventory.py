@@ -16,7 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynprune.artifacts import MANIFEST, RUNS, USES, read_uses
+from dynprune.artifacts import RUNS, USES, read_uses
+from dynprune.manifests import MANIFEST, read_manifest
 
 _PARTIAL = ".partial"
 _LOCK = ".lock"
@@ -110,7 +111,7 @@ def remove(artifact: Stored) -> bool:
 
 
 def _read(folder: Path) -> Stored:
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder / MANIFEST, ("config", "data", "upstream"))
     files = list(_files(folder))
     return Stored(
         f"{folder.parent.name}/{folder.name.removesuffix(_PARTIAL)}",

@@ -181,3 +181,10 @@ def test_what_a_run_begins_to_use_while_it_is_asked_stays(root, monkeypatch):
     store_stage.clean(run_of(root))
     assert wanted.folder.is_dir()
     assert len(named(root)) == 3
+
+
+def test_a_broken_manifest_is_named_with_what_to_do(root):
+    [artifact] = [a for a in stored(root, root.parent) if a.stage == "static"]
+    (artifact.folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json is not JSON .*: delete it"):
+        stored(root, root.parent)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.prompt import Confirm
 from rich.text import Text
 
-from dynprune.artifacts import MANIFEST
 from dynprune.inventory import Stored, distinguishing, remove, stored
+from dynprune.manifests import MANIFEST
 from dynprune.stages.run import Run
 
 log = logging.getLogger(__name__)
