@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from dynprune.app import folder_name
 from dynprune.paths import conf_dir
 
 CONF = conf_dir()
@@ -126,4 +127,5 @@ def test_the_folder_of_a_job_is_named_by_as_many_overrides_as_a_name_holds():
         assert long.startswith("12_seed=1,name=")
         assert 230 < len(long.encode()) <= 255
     # A path in an override makes no folders of its own, in which nobody would look for a job.
-    assert subdir("model.name=../../a/b,seed=1") == "12_model.name=..∕..∕a∕b,seed=1"
+    assert subdir("model.name=../../a/b,seed=1") == "12_" + folder_name("model.name=../../a/b,seed=1")
+    assert folder_name("../../a/b") == "..∕..∕a∕b"
