@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,6 +300,9 @@ def _prepare(
     module.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
     # A slice of the last positions is not contiguous, for which torch copies the head's weights once for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, arguments: (arguments[0].contiguous(),))
+    # Where keys and values serve several heads, transformers copies them for each of these, unless there is no mask: a GPU's
+    # kernels need that, while the CPU's read them in place.
+    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if model.device.type == "cpu" else "0"
     if model.device.type == "cpu":
         keep_freed_memory()
     return SLM(model=model, tokenizer=tokenizer, name=name)
