@@ -37,7 +37,7 @@ OmegaConf.register_new_resolver("folder_name", folder_name)
 def _stages() -> Mapping[str, Callable[[Any], object]]:
     # Imported here, so that --help and shell completion do not wait for torch.
     from dynprune.stages.adapt import adapt
-    from dynprune.stages.adapters import adapters
+    from dynprune.stages.adapters import fit_adapters
     from dynprune.stages.bench import bench
     from dynprune.stages.compare import compare
     from dynprune.stages.explore import explore_splits
@@ -51,7 +51,7 @@ def _stages() -> Mapping[str, Callable[[Any], object]]:
     return {
         "all": report,
         "adapt": adapt,
-        "adapters": adapters,
+        "adapters": fit_adapters,
         "explore": explore_splits,
         "pairs": pairs,
         "router": train_router,

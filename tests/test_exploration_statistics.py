@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -31,6 +32,11 @@ def test_statistics_are_those_of_a_table_made_by_hand():
         distinct_configurations=5,  # (), (1), (2), (1 2), (0 1 2 3)
         generated=7,
         estimated=5,
+        success=1 / 4,
+        pruned_layers=5 / 4,
+        pruned_layers_deviation=pytest.approx(math.sqrt(3) / 4),
+        score_variance=pytest.approx((2 / 9 + 1 / 6 + 0) / 3),
+        deepest_success=1.0,  # 2 of "a", 0 of "b"
         by_size=(
             SizeStatistics(0, generated=3, estimated=2, success=2 / 3, nats_per_token=0.5, oracle=2 / 3),
             SizeStatistics(1, generated=3, estimated=0, success=0.0, nats_per_token=None, oracle=1 / 3),
@@ -47,7 +53,7 @@ def test_what_counts_as_a_success_is_given():
 
 
 def test_of_nothing_there_are_no_statistics_but_zeros():
-    assert exploration_statistics([], [], 1.0) == ExplorationStatistics(0, 0, 0, 0, ())
+    assert exploration_statistics([], [], 1.0) == ExplorationStatistics(0, 0, 0, 0, None, None, None, None, None, ())
 
 
 def test_statistics_are_json_and_a_small_table():
@@ -55,8 +61,9 @@ def test_statistics_are_json_and_a_small_table():
     assert json.loads(json.dumps(asdict(statistics), allow_nan=False))["by_size"][1]["nats_per_token"] is None
     lines = list(statistics_lines(statistics))
     assert lines[0] == "3 queries, 5 distinct configurations, 7 generated, 5 estimated"
-    assert [line.split() for line in lines[2:4]] == [["0", "3", "67%", "2", "0.500", "67%"], ["1", "3", "0%", "0", "-", "33%"]]
-    assert {len(line) for line in lines[2:]} == {len(lines[1]) - 2} or len({len(line) for line in lines[1:]}) == 1
+    assert lines[1].startswith("with pruned layers 25% succeeded, 1.2 ± 0.4 layers; deepest success of a query 1.0 layers;")
+    assert [line.split() for line in lines[3:5]] == [["0", "3", "67%", "2", "0.500", "67%"], ["1", "3", "0%", "0", "-", "33%"]]
+    assert len({len(line) for line in lines[2:]}) == 1
 
 
 @pytest.mark.parametrize(("score", "perfect"), [("json_match", 1.0), ("partial_match", 10.0)])

@@ -17,12 +17,12 @@ from dynprune.evaluation.figures import (
     build_accuracy_speedup,
     build_budget_curve,
     build_layer_counts,
-    build_layer_error,
     build_layers_pruned,
-    layer_error,
     layers_pruned,
 )
 from dynprune.evaluation.labels import Label, place_labels
+from dynprune.evaluation.layer_error import build_layer_error, build_layer_errors_compared, layer_error, layer_errors_compared
+from dynprune.evaluation.parts import AdapterPart
 from dynprune.evaluation.statistics import Interval, MedianInterval, mean_interval
 from dynprune.evaluation.style import row_color
 from dynprune.evaluation.table import SCORES, TableRow
@@ -286,6 +286,20 @@ def test_layer_errors_that_cannot_be_drawn_are_refused(mse, relative):
         build_layer_error(mse, relative)
 
 
+def test_errors_of_several_settings_stand_in_one_figure():
+    parts = {"fit=ridge": AdapterPart((1e-3, 0.5, 0.0), (0.1, 0.9, 0.0)), "fit=distil": AdapterPart((2e-3, 0.4), (0.2, 0.8))}
+    figure = build_layer_errors_compared(parts)
+    upper, lower = figure.axes
+    for ax, measure in ((upper, "relative_error"), (lower, "mse")):
+        assert ax.get_yscale() == "log"
+        lines = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_gid() == "errors"}
+        assert list(lines) == list(parts)
+        # What is reproduced exactly has no place on a log scale.
+        np.testing.assert_array_equal(lines["fit=ridge"], [*getattr(parts["fit=ridge"], measure)[:2], np.nan])
+        np.testing.assert_array_equal(lines["fit=distil"], getattr(parts["fit=distil"], measure))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(parts)
+
+
 def test_layers_figure_draws_a_strip_of_shares_for_each_row():
     figure = build_layers_pruned(FREQUENCY)
     strips = {mesh.get_gid(): mesh for mesh in figure.axes[0].collections}
@@ -319,6 +333,7 @@ def test_frequencies_that_are_no_shares_of_the_same_layers_are_refused(frequency
         (lambda path: accuracy_speedup(SPREAD_ROWS, path), (800, 1200)),
         (lambda path: budget_curve(CURVES, FULL, path), (1400, 1700)),
         (lambda path: layer_error([0.1, 0.2], [0.3, 0.4], path), (800, 1200)),
+        (lambda path: layer_errors_compared({"a": AdapterPart((0.1, 0.2), (0.3, 0.4))}, path), (900, 1200)),
         (lambda path: layers_pruned(FREQUENCY, path), (300, 600)),
     ],
 )

@@ -300,6 +300,7 @@ def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
         (["exploration.max_queries=0"], "exploration.max_queries=0 leaves no query"),
         (["model.architecture=nonsense"], "model.architecture='nonsense'"),
         (["stage=adapters", "adapter.fit=guess"], "adapter.fit=guess is unknown"),
+        (["stage=adapters", "adapter.last_target=norm"], "adapter.last_target=norm is unknown; allowed: output, final_norm"),
         (["stage=adapters", "adapter.fit=ridge"], "allowed with it: adapter.activation=identity"),
         (["stage=adapters", "adapter=context"], "adapter.draw.max_layers=14 are not possible with 4 layers"),
         (["stage=adapters", "adapter.context.epochs=1", "adapter.context.batch_size=6"], "is no multiple of"),

@@ -10,8 +10,9 @@ import yaml
 from rich.console import Console
 
 from dynprune.evaluation.comparison_output import render_comparison, write_comparison
+from dynprune.evaluation.parts import AdapterPart, ExplorationPart, RouterPart
 from dynprune.evaluation.run_comparison import compare_runs
-from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure, write_router
+from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure, write_parts
 
 SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
 
@@ -220,19 +221,57 @@ def test_routers_that_were_trained_alone_are_compared_by_their_order_of_held_out
     for number, ((rate, seed), (loss, order)) in enumerate(found.items()):
         overrides = [f"method.optimizer.lr={rate}", f"seed={seed}"]
         monkeypatch.setattr("dynprune.evaluation.run_results.typed", lambda overrides=overrides: overrides)
-        write_router(tmp_path / f"{number}_job", seed, loss, order, 3)
+        write_parts(tmp_path / f"{number}_job", seed, {"router": RouterPart(loss, order, 3)})
     comparison = compare_runs([read_run(folder) for folder in sorted(tmp_path.iterdir())])
     best, other = comparison.routers
-    assert (best.setting, best.seeds, best.preference_accuracy, best.spread) == ("lr=1e-4", 1, 0.8, None)
+    assert (best.setting, best.seeds, best.mean, best.spread) == ("lr=1e-4", 1, RouterPart(0.4, 0.8, 3), None)
     assert (other.setting, other.seeds) == ("lr=1e-3", 2)
-    assert (other.validation_loss, other.preference_accuracy) == (pytest.approx(0.6), pytest.approx(0.65))
-    assert other.spread == pytest.approx(np.std([0.6, 0.7], ddof=1))
+    assert (other.mean.validation_loss, other.mean.preference_accuracy) == (pytest.approx(0.6), pytest.approx(0.65))
+    assert other.spread.preference_accuracy == pytest.approx(np.std([0.6, 0.7], ddof=1))
     assert comparison.failures == []
     written = {path.suffix: path for path in write_comparison(comparison, tmp_path / "out")}
-    assert "| lr=1e-3 | 2 | 65.0 | 7.1 | 0.600 |" in written[".md"].read_text()
+    assert "| lr=1e-3 | 2 | 65.0 ± 7.1 | 0.600 ± 0.141 |" in written[".md"].read_text()
     assert json.loads(written[".json"].read_text())["routers"][0]["setting"] == "lr=1e-4"
     assert [line["setting"] for line in csv.DictReader(written[".csv"].open())] == ["lr=1e-4", "lr=1e-3"]
     assert render_comparison(comparison).renderables
+
+
+def test_adapters_and_explorations_of_several_runs_are_averaged_over_seeds(tmp_path, monkeypatch):
+    found = [("ridge", 1, (1.0, 5.0)), ("ridge", 2, (3.0, 7.0)), ("mse", 1, (0.5, 80.0))]
+    for number, (fit, seed, mse) in enumerate(found):
+        monkeypatch.setattr("dynprune.evaluation.run_results.typed", lambda fit=fit, seed=seed: [f"fit={fit}", f"seed={seed}"])
+        parts = {
+            "adapters": AdapterPart(mse, (0.1, 0.3)),
+            "exploration": ExplorationPart(4, 10 * seed, 7, 0.5, 2.5, 1.0, None, 3.0),
+        }
+        write_parts(tmp_path / f"{number}_job", seed, parts)
+    comparison = compare_runs([read_run(folder) for folder in sorted(tmp_path.iterdir())])
+    ridge, mse = comparison.adapters
+    assert (ridge.setting, ridge.seeds, ridge.mean.mse) == ("fit=ridge", 2, (2.0, 6.0))
+    assert ridge.spread.mse == pytest.approx((math.sqrt(2), math.sqrt(2)))
+    assert (mse.setting, mse.mean, mse.spread) == ("fit=mse", AdapterPart((0.5, 80.0), (0.1, 0.3)), None)
+    assert [entry.mean.rollouts for entry in comparison.explorations] == [15, 10]
+    written = {path.name: path for path in write_comparison(comparison, tmp_path / "out")}
+    text = written["comparison.md"].read_text()
+    assert "| fit=ridge | 2 | 0.200 | 4 | 6 | 1, 0 |" in text
+    assert "| 1 | 6 | 80 |" in text
+    # What was not measured, here for want of rollouts, is no figure.
+    assert "| fit=ridge | 2 | 4 | 15 | 50.0 ± 0.0 | 2.5 ± 0.0 | 3.0 ± 0.0 | – |" in text
+    assert json.loads(written["comparison.json"].read_text())["explorations"][1]["score_variance"] is None
+    assert written["layer_errors.png"].read_bytes().startswith(b"\x89PNG")
+    assert render_comparison(comparison).renderables
+
+
+def test_parts_that_all_runs_with_a_table_share_are_no_part_of_the_comparison(tmp_path):
+    for number, method in enumerate(("fbc", "dpo")):
+        write_run(tmp_path / f"{number}_{method}", [f"method={method}"], {"original": [1, 0], "router": [1, number]})
+        write_parts(tmp_path / f"{number}_{method}", 0, {"adapters": AdapterPart((1.0,), (0.1,))})
+    runs = [read_run(folder) for folder in sorted(tmp_path.iterdir())]
+    assert [run.parts["adapters"].mse for run in runs] == [(1.0,), (1.0,)]
+    assert compare_runs(runs).adapters == []
+    write_parts(tmp_path / "1_dpo", 0, {"adapters": AdapterPart((2.0,), (0.1,))})
+    runs = [read_run(folder) for folder in sorted(tmp_path.iterdir())]
+    assert [entry.mean.mse for entry in compare_runs(runs).adapters] == [(1.0,), (2.0,)]
 
 
 def test_what_settings_share_is_shared_though_a_seed_is_missing(tmp_path):

@@ -22,7 +22,13 @@ class HiddenStateStream(IterableDataset[Tensor]):
     """
 
     def __init__(
-        self, slm: SLM, sequences: Sequence[Sequence[int]], batch_tokens: int, seed: int | None, skip_first: bool = False
+        self,
+        slm: SLM,
+        sequences: Sequence[Sequence[int]],
+        batch_tokens: int,
+        seed: int | None,
+        skip_first: bool = False,
+        after_norm: bool = False,
     ) -> None:
         """Binds the SLM to the sequences.
 
@@ -32,11 +38,13 @@ class HiddenStateStream(IterableDataset[Tensor]):
             batch_tokens: Tokens in a batch, at most, padding included; a longer sequence is a batch of its own.
             seed: Seed of the order of the batches, drawn anew each epoch; ``None`` keeps the order.
             skip_first: Whether to leave out the first token of each sequence.
+            after_norm: Whether the last state is transformers' own, after the final norm, which is the thesis's mistake.
         """
         self._slm = slm
         self._batches = _batches(sequences, batch_tokens)
         self._seed = seed
         self._skip_first = skip_first
+        self._after_norm = after_norm
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,10 +79,12 @@ class HiddenStateStream(IterableDataset[Tensor]):
         handles = [layer.register_forward_pre_hook(keep_input) for layer in layers[:1]]
         handles += [layer.register_forward_hook(keep_output) for layer in layers]
         try:
-            self._slm.model(**arguments, use_cache=False, logits_to_keep=1)
+            output = self._slm.model(**arguments, use_cache=False, logits_to_keep=1, output_hidden_states=self._after_norm)
         finally:
             for handle in handles:
                 handle.remove()
+        if self._after_norm:
+            states[-1] = output.hidden_states[-1][wanted_BT]
         return torch.stack(states)
 
 

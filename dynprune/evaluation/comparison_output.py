@@ -18,14 +18,15 @@ from dynprune.atomic import replacing
 from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, number, stacked
 from dynprune.evaluation.figures import accuracy_speedup
-from dynprune.evaluation.run_comparison import Entry, Failure, RouterEntry, RunComparison
+from dynprune.evaluation.layer_error import layer_errors_compared
+from dynprune.evaluation.part_grids import layer_error_grid, part_grids, shown_setting
+from dynprune.evaluation.parts import PartEntry
+from dynprune.evaluation.run_comparison import Entry, Failure, RunComparison
 from dynprune.evaluation.table import comparison_grid, score_label
-
-_IN_ALL_RUNS = "all"
 
 
 def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
-    """Writes ``comparison.json``, ``.csv``, ``.md``, and ``.png`` where a run has a table; each complete or not at all.
+    """Writes ``comparison.json``, ``.csv``, ``.md`` and the figures of what there is; each complete or not at all.
 
     Returns:
         What was written.
@@ -42,6 +43,10 @@ def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
     if comparison.entries:
         accuracy_speedup([entry.table_row for entry in comparison.entries], folder / "comparison.png")
         written.append(folder / "comparison.png")
+    if comparison.adapters:
+        errors = {shown_setting(entry.setting): entry.mean for entry in comparison.adapters}
+        layer_errors_compared(errors, folder / "layer_errors.png")
+        written.append(folder / "layer_errors.png")
     return written
 
 
@@ -56,7 +61,7 @@ def render_comparison(comparison: RunComparison) -> Group:
     for entry in comparison.entries:
         table.add_row(
             # Not a plain text, in which brackets would be rich's own.
-            Text(_shown(entry)),
+            Text(shown_setting(entry.setting)),
             Text(entry.row, style="bold"),
             str(entry.summary.seeds),
             stacked(entry.summary.mean, 100),
@@ -65,22 +70,21 @@ def render_comparison(comparison: RunComparison) -> Group:
             stacked(entry.table_row.measured_speedup, 100),
         )
     tables = [table] if comparison.entries else []
-    if comparison.routers:
-        tables.append(_render_routers(comparison.routers))
+    tables += [_render_grid(grid) for grid in _part_grids(comparison)]
     lines = [Text(f"failed: {_typed(failure)}: {failure.reason}", style="red") for failure in comparison.failures]
     return Group(*tables, *lines)
 
 
-def _render_routers(routers: Sequence[RouterEntry]) -> rich.table.Table:
-    table = _empty_table(
-        "Routers on held-out queries",
-        "pairs in order: share in which the winner is likelier, %; spread: over seeds, in points",
-        ("setting",),
-        ("seeds", "pairs in order", "spread", "loss"),
-    )
-    for line in _router_lines(routers):
+def _render_grid(grid: Grid) -> rich.table.Table:
+    name, *figures = grid.header
+    table = _empty_table(grid.title, f"{grid.title}{grid.note}", (name,), figures)
+    for line in grid.lines:
         table.add_row(*map(Text, line))
     return table
+
+
+def _part_grids(comparison: RunComparison) -> list[Grid]:
+    return part_grids(comparison.adapters, comparison.explorations, comparison.routers)
 
 
 def _empty_table(title: str, caption: str, names: Sequence[str], figures: Sequence[str]) -> rich.table.Table:
@@ -90,19 +94,6 @@ def _empty_table(title: str, caption: str, names: Sequence[str], figures: Sequen
     for header in figures:
         table.add_column(header, justify="right", no_wrap=True)
     return table
-
-
-def _router_lines(routers: Sequence[RouterEntry]) -> list[list[str]]:
-    return [
-        [
-            _shown(entry),
-            str(entry.seeds),
-            number(100 * entry.preference_accuracy),
-            number(100 * entry.spread) if entry.spread is not None else ABSENT,
-            number(entry.validation_loss, 3),
-        ]
-        for entry in routers
-    ]
 
 
 def _document(comparison: RunComparison) -> dict[str, Any]:
@@ -123,10 +114,21 @@ def _document(comparison: RunComparison) -> dict[str, Any]:
             for entry in comparison.entries
         ],
         "comparisons": [asdict(test) for test in comparison.comparisons],
-        "routers": [asdict(entry) for entry in comparison.routers],
+        **{name: [_flat(entry) for entry in entries] for name, entries in _parts(comparison).items()},
         "failed": [asdict(failure) for failure in comparison.failures],
         "machines": comparison.machines,
     }
+
+
+def _parts(comparison: RunComparison) -> dict[str, Sequence[PartEntry[Any]]]:
+    return {"adapters": comparison.adapters, "explorations": comparison.explorations, "routers": comparison.routers}
+
+
+def _flat(entry: PartEntry[Any]) -> dict[str, Any]:
+    record = {"setting": entry.setting, "seeds": entry.seeds, **asdict(entry.mean)}
+    if entry.spread is not None:
+        record |= {f"{name}_spread": value for name, value in asdict(entry.spread).items()}
+    return {**record, "runs": list(map(str, entry.runs))}
 
 
 def _csv(comparison: RunComparison) -> str:
@@ -139,7 +141,12 @@ def _csv(comparison: RunComparison) -> str:
             else:
                 flat[key] = " ".join(value) if isinstance(value, list) else value
         lines.append(flat)
-    lines += [{**asdict(entry), "runs": " ".join(map(str, entry.runs))} for entry in comparison.routers]
+    for part, entries in _parts(comparison).items():
+        for entry in map(_flat, entries):
+            cells = {
+                key: " ".join(map(str, value)) if isinstance(value, list | tuple) else value for key, value in entry.items()
+            }
+            lines.append({"part": part, **cells})
     lines += [{"failed": failure.reason, "setting": _typed(failure), "runs": failure.folder} for failure in comparison.failures]
     columns = list(dict.fromkeys(key for line in lines for key in line if key != "failed"))
     text = io.StringIO()
@@ -155,7 +162,7 @@ def comparison_grids(comparison: RunComparison) -> list[Grid]:
     header += ["Nominal speedup, %", "Measured speedup, %"]
     lines = [
         [
-            _shown(entry),
+            shown_setting(entry.setting),
             entry.row,
             str(entry.summary.seeds),
             cell(entry.summary.mean, 100),
@@ -172,12 +179,9 @@ def comparison_grids(comparison: RunComparison) -> list[Grid]:
         "several seeds: the mean of their medians, and the range of these."
     )
     grids = [Grid("Runs compared", note, header, lines)] if lines else []
-    if comparison.routers:
-        note = (
-            ". Pairs in order: held-out pairs in which the winner is likelier. Spread: standard deviation over seeds, points."
-        )
-        header = ["Setting", "Seeds", "Pairs in order, %", "Spread", "Validation loss"]
-        grids.append(Grid("Routers on held-out queries", note, header, _router_lines(comparison.routers)))
+    grids += _part_grids(comparison)
+    if comparison.adapters:
+        grids.append(layer_error_grid(comparison.adapters))
     if comparison.comparisons:
         grids.append(comparison_grid(comparison.comparisons))
     if comparison.failures:
@@ -199,10 +203,6 @@ def _markdown(comparison: RunComparison) -> str:
 
 def _typed(failure: Failure) -> str:
     return ", ".join(part for part in (failure.setting, f"seed={failure.seed}") if part)
-
-
-def _shown(entry: Entry | RouterEntry) -> str:
-    return entry.setting or _IN_ALL_RUNS
 
 
 def _spread(entry: Entry) -> str:

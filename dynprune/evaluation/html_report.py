@@ -22,6 +22,11 @@ from dynprune.evaluation.run_comparison import RunComparison
 
 _EXAMPLES_OF_A_KIND = 3
 _ANSWERS_OF_AN_EXAMPLE = 6
+# By file, the heading of a comparison's figure and what it shows.
+_COMPARED = {
+    "comparison": ("AST match against speedup", "AST match of each setting against its speedup"),
+    "layer_errors": ("Error of each layer's adapter", "Reconstruction error of each layer's adapter under each setting"),
+}
 _INTERVAL = re.compile(r"(.+) (\[.+\])", re.DOTALL)
 
 
@@ -166,25 +171,24 @@ def write_run_report(
     )
 
 
-def write_comparison_report(path: Path, comparison: RunComparison, picture: Path | None) -> None:
+def write_comparison_report(path: Path, comparison: RunComparison, pictures: Sequence[Path]) -> None:
     """Writes the report of a comparison.
 
     Args:
         path: Where to; it appears when it is complete.
         comparison: The comparison.
-        picture: Its figure; ``None`` where no run has a table.
+        pictures: Its figures.
     """
     facts = [f"{comparison.runs} runs"]
     if comparison.failures:
         facts.append(f"{len(comparison.failures)} failed")
-    alt = "AST match of each setting against its speedup"
     _write(
         path,
         "comparison.html.j2",
         title="Comparison of runs",
         facts=facts,
         grids=comparison_grids(comparison),
-        figures=[Picture("AST match against speedup", alt, picture)] if picture else [],
+        figures=[Picture(*_COMPARED[picture.stem], picture) for picture in pictures],
         machines=machines_sentence(comparison),
     )
 

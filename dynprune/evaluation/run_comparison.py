@@ -18,6 +18,7 @@ import numpy as np
 
 from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.comparisons import Comparison, SeedSummary, compare, over_seeds
+from dynprune.evaluation.parts import AdapterPart, ExplorationPart, P, PartEntry, RouterPart, part_entries
 from dynprune.evaluation.run_results import RowResult, RunResult
 from dynprune.evaluation.statistics import MedianInterval, mean_interval
 from dynprune.evaluation.style import method_of
@@ -64,27 +65,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class RouterEntry:
-    """What routers of one setting came to, where nothing but routers was trained.
-
-    Attributes:
-        setting: See `Entry`.
-        seeds: Number of runs.
-        validation_loss: Mean of their least losses on held-out data; losses of different methods do not compare.
-        preference_accuracy: Mean share of held-out pairs in the right order.
-        spread: Standard deviation (n - 1) of that share; ``None`` for a single run.
-        runs: The runs' folders.
-    """
-
-    setting: str
-    seeds: int
-    validation_loss: float
-    preference_accuracy: float
-    spread: float | None
-    runs: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
 class Failure:
     """A run with nothing to compare.
 
@@ -111,6 +91,8 @@ class RunComparison:
         failures: The runs with nothing to compare.
         runs: Number of runs with something to compare.
         machines: The machines that were timed, each once.
+        adapters: The adapters of each setting, where settings differ in them.
+        explorations: The same of what was explored.
         routers: Routers that were trained alone, the best order of held-out pairs first.
     """
 
@@ -119,7 +101,9 @@ class RunComparison:
     failures: list[Failure]
     runs: int
     machines: list[str]
-    routers: list[RouterEntry]
+    adapters: list[PartEntry[AdapterPart]]
+    explorations: list[PartEntry[ExplorationPart]]
+    routers: list[PartEntry[RouterPart]]
 
 
 def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
@@ -136,34 +120,27 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
     settings = _settings(runs)
     named = list(zip(settings, runs, strict=True))
     done = [(setting, run) for setting, run in named if run.rows]
-    trained = [(setting, run) for setting, run in named if run.router is not None]
     failures = [Failure(setting, run.seed, run.folder, run.failure) for setting, run in named if run.failure is not None]
     entries = _entries(done)
     machines = dict.fromkeys(_machine(run) for _, run in done)
     return RunComparison(
-        entries, _comparisons(entries), failures, len(done) + len(trained), list(machines), _router_entries(trained)
+        entries,
+        _comparisons(entries),
+        failures,
+        len(named) - len(failures),
+        list(machines),
+        _differing(named, AdapterPart),
+        _differing(named, ExplorationPart),
+        sorted(_differing(named, RouterPart), key=lambda entry: -entry.mean.preference_accuracy),
     )
 
 
-def _router_entries(trained: Sequence[tuple[str, RunResult]]) -> list[RouterEntry]:
-    members: dict[str, list[RunResult]] = {}
-    for setting, run in trained:
-        members.setdefault(setting, []).append(run)
-    entries = []
-    for setting, runs in members.items():
-        found = [run.router for run in runs if run.router is not None]
-        order_S = np.array([one["preference_accuracy"] for one in found])
-        entries.append(
-            RouterEntry(
-                setting,
-                len(found),
-                float(np.mean([one["validation_loss"] for one in found])),
-                float(order_S.mean()),
-                float(order_S.std(ddof=1)) if len(found) > 1 else None,
-                tuple(run.folder for run in runs),
-            )
-        )
-    return sorted(entries, key=lambda entry: -entry.preference_accuracy)
+def _differing(named: Sequence[tuple[str, RunResult]], kind: type[P]) -> list[PartEntry[P]]:
+    """One part of all runs, averaged over seeds; nothing where a table is there and the part is the same in all runs."""
+    found = [(setting, run.folder, part) for setting, run in named for part in run.parts.values() if isinstance(part, kind)]
+    if any(run.rows for _, run in named) and all(part == found[0][2] for _, _, part in found):
+        return []
+    return part_entries(found)
 
 
 def _settings(runs: Sequence[RunResult]) -> list[str]:

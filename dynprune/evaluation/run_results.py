@@ -1,12 +1,13 @@
 """What a finished run left in its folder, read back for a comparison with others.
 
-A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl``, or ``router.json`` where it trained a router alone,
-or ``failure.json`` where it is a job of a sweep that failed. Each says what was typed; of a killed run ``.hydra`` does.
+A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl`` where it made a table, ``parts.json`` with what its
+parts came to, see `dynprune.evaluation.parts`, and ``failure.json`` where it is a job of a sweep that failed. Each says what
+was typed; of a killed run ``.hydra`` does.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from hydra.core.hydra_config import HydraConfig
 from dynprune.atomic import replacing
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.cells import json_value
+from dynprune.evaluation.parts import PARTS, Part, read_part
 
 TABLE = "report/table.json"
 _FAILURE = "failure.json"
-_ROUTER = "router.json"
+_PARTS = "parts.json"
 _OVERRIDES, _CONFIG = ".hydra/overrides.yaml", ".hydra/config.yaml"
 WITH_TABLE = ("all", "evaluate", "report")
 """The stages that leave a table."""
+_WITH_PARTS = ("adapters", "explore", "router")
 # Keys that say how and where a run is run, and change no figure of its table.
 _WHERE_AND_HOW = ("stage", "name", "paths", "logger", "skip_completed", "runs", "export_router", "source")
 
@@ -56,10 +59,10 @@ class RunResult:
         folder: Its folder.
         overrides: What was typed, by key.
         seed: Its seed.
-        rows: The rows of its table; none where it failed.
-        machine: The machine; empty where it failed.
+        rows: The rows of its table; none where it failed, or made parts alone.
+        machine: The machine of the table; empty where there is none.
         failure: Why there is nothing to compare; ``None`` where there is.
-        router: What the training of a router alone came to, see `write_router`; ``None`` for a run with a table.
+        parts: What its parts came to, by their names.
     """
 
     folder: Path
@@ -68,7 +71,7 @@ class RunResult:
     rows: Sequence[RowResult] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
-    router: Mapping[str, float] | None = None
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 def typed() -> list[str]:
@@ -76,18 +79,15 @@ def typed() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def write_router(folder: Path, seed: int, validation_loss: float, preference_accuracy: float, best_epoch: int) -> None:
-    """Notes in a run's folder what the training of its router came to.
+def write_parts(folder: Path, seed: int, parts: Mapping[str, Part]) -> None:
+    """Notes in a run's folder what its parts came to.
 
     Args:
         folder: The folder.
         seed: The run's seed.
-        validation_loss: The least loss on held-out data.
-        preference_accuracy: Share of held-out pairs in the right order, with that checkpoint.
-        best_epoch: The epoch of that checkpoint.
+        parts: By their names.
     """
-    found = {"validation_loss": validation_loss, "preference_accuracy": preference_accuracy, "best_epoch": best_epoch}
-    _note(folder / _ROUTER, {"router": found, "seed": seed})
+    _note(folder / _PARTS, {"parts": {name: asdict(part) for name, part in parts.items()}, "seed": seed})
 
 
 def write_failure(folder: Path, error: BaseException, seed: int) -> None:
@@ -100,7 +100,7 @@ def write_failure(folder: Path, error: BaseException, seed: int) -> None:
 
 def _note(target: Path, what: Mapping[str, Any]) -> None:
     with replacing(target) as path:
-        path.write_text(json.dumps({**what, "overrides": typed()}), encoding="utf-8")
+        path.write_text(json.dumps(json_value({**what, "overrides": typed()}), allow_nan=False), encoding="utf-8")
 
 
 def failed(folder: Path) -> bool:
@@ -134,20 +134,23 @@ def _what_matters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run with something to compare, or of one that should have left it and did not."""
-    if any((folder / name).is_file() for name in (TABLE, _ROUTER, _FAILURE)):
+    if any((folder / name).is_file() for name in (TABLE, _FAILURE)):
         return True
+    if (folder / _PARTS).is_file():
+        # Some stages end without anything to compare, such as one shard of an exploration.
+        return bool(json.loads((folder / _PARTS).read_text(encoding="utf-8"))["parts"])
     if not (folder / _CONFIG).is_file():
         return False
-    return yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8")).get("stage") in (*WITH_TABLE, "router")
+    return yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8")).get("stage") in (*WITH_TABLE, *_WITH_PARTS)
 
 
 def read_run(folder: Path) -> RunResult:
     """Reads a run's folder.
 
     Raises:
-        ValueError: Its table or its samples are broken.
+        ValueError: Its table, its samples or what it says of its parts is broken.
     """
-    for name in (_FAILURE, TABLE, _ROUTER):
+    for name in (_FAILURE, TABLE, _PARTS):
         if not (folder / name).is_file():
             continue
         try:
@@ -156,14 +159,25 @@ def read_run(folder: Path) -> RunResult:
             overrides = _by_key(found.get("overrides", []))
             if name == _FAILURE:
                 return RunResult(folder, overrides, str(found["seed"]), failure=found["error"])
-            if name == _ROUTER:
-                return RunResult(folder, overrides, str(found["seed"]), router=found["router"])
-            return RunResult(folder, overrides, str(found["config"]["seed"]), _rows(folder, found), found["machine"])
+            if name == _PARTS:
+                return RunResult(folder, overrides, str(found["seed"]), parts=_parts(found))
+            return RunResult(
+                folder,
+                overrides,
+                str(found["config"]["seed"]),
+                _rows(folder, found),
+                found["machine"],
+                parts=_parts(json.loads((folder / _PARTS).read_text(encoding="utf-8"))) if (folder / _PARTS).is_file() else {},
+            )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / name} is broken ({type(error).__name__}: {error}); run it again") from error
     config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
     overrides = _by_key(yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or [])
     return RunResult(folder, overrides, str(config["seed"]), failure="it has not ended, or was killed")
+
+
+def _parts(note: Mapping[str, Any]) -> dict[str, Part]:
+    return {name: read_part(name, note["parts"][name]) for name in PARTS if name in note["parts"]}
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:

@@ -31,6 +31,8 @@ from dynprune.artifacts import Artifact
 from dynprune.atomic import replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
+from dynprune.evaluation.parts import AdapterPart
+from dynprune.evaluation.run_results import write_parts
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
@@ -46,8 +48,23 @@ ANSWERS_VERSION = 1
 HARM_VERSION = 1
 _HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
+_LAST_TARGETS = ("output", "final_norm")
 _ANSWERS = "answers.json"
+_ERRORS = "errors.json"
 _HARM = "harm.json"
+
+
+def fit_adapters(run: Run) -> None:
+    """Makes the adapters, and notes in the run's folder how far they are from their layers."""
+    artifact = adapters(run)
+    if run.store.rank == 0:
+        write_parts(run.folder, run.config.seed, {} if artifact is None else {"adapters": adapter_part(artifact)})
+
+
+def adapter_part(artifact: Artifact) -> AdapterPart:
+    """How far adapters are from their layers."""
+    errors = json.loads((artifact.folder / _ERRORS).read_text(encoding="utf-8"))
+    return AdapterPart(tuple(errors["mse"]), tuple(errors["relative_error"]))
 
 
 @once_a_run
@@ -73,6 +90,8 @@ def _check(settings: DictConfig, num_layers: int) -> None:
             f"adapter.fit=ridge solves for linear adapters, but adapter.activation={settings.activation}; allowed with it: "
             "adapter.activation=identity"
         )
+    if settings.last_target not in _LAST_TARGETS:
+        raise ValueError(f"adapter.last_target={settings.last_target} is unknown; allowed: {', '.join(_LAST_TARGETS)}")
     if settings.context.epochs:
         accumulation("adapter.context", settings.context)
         smallest, largest = settings.draw.min_layers, settings.draw.max_layers
@@ -113,9 +132,13 @@ def _fitted(run: Run) -> Artifact:
     settings = run.config.adapter
     source = _answers(run)
     ready = None if settings.folder is None else adapters_folder(settings.folder)
+    own = {key: value for key, value in plain(settings).items() if key not in ("context", "draw")}
+    if settings.last_target == "output":
+        # Adapters made before there was a choice are these.
+        del own["last_target"]
     config = {
         "model": run.model_identity,
-        "adapter": {key: value for key, value in plain(settings).items() if key not in ("context", "draw")},
+        "adapter": own,
         "folder": None if ready is None else content_digest(str(ready), ADAPTER_FILES),
         "precision": run.config.hardware.trainer.precision,
         "seed": run.config.seed,
@@ -223,7 +246,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
 def _save(run: Run, stack: AdapterStack, measured: Distillation, folder: Path) -> None:
     """Writes adapters and their measured errors."""
     errors = {"mse": measured.mse_L.tolist(), "relative_error": measured.relative_error_L.tolist()}
-    with replacing(folder / "errors.json") as path:
+    with replacing(folder / _ERRORS) as path:
         path.write_text(json.dumps(errors, indent=2), encoding="utf-8")
     save_adapters(stack, folder, run.slm.name)
     if stack.activation == "relu" and stack.sink_Ld is None:
@@ -245,13 +268,19 @@ def _states(run: Run, samples: Sequence[Answered], stack: AdapterStack, seed: in
     """The states that these adapters have to do with: without first tokens where they have residuals of their own."""
     sequences = [(*prompt, *answer) for prompt, answer in samples]
     skip_first = stack.sink_Ld is not None
-    return HiddenStateStream(run.slm, sequences, run.config.adapter.batch_tokens, seed, skip_first)
+    return _stream(run, sequences, seed, skip_first)
+
+
+def _stream(run: Run, sequences: Sequence[Sequence[int]], seed: int | None, skip_first: bool) -> HiddenStateStream:
+    settings = run.config.adapter
+    after_norm = settings.last_target == "final_norm"
+    return HiddenStateStream(run.slm, sequences, settings.batch_tokens, seed, skip_first, after_norm)
 
 
 def _first_residuals(run: Run, samples: Sequence[Answered]) -> torch.Tensor:
     """What each layer adds to the first token, which attends to nothing but itself; the mean where samples differ in it."""
     firsts = [prompt[:1] for prompt, _ in samples]
-    states = torch.cat(list(HiddenStateStream(run.slm, firsts, run.config.adapter.batch_tokens, None)), dim=1).float()
+    states = torch.cat(list(_stream(run, firsts, None, skip_first=False)), dim=1).float()
     return (states[1:] - states[:-1]).mean(dim=1).cpu()
 
 

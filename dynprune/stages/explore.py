@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from dynprune.data.rollouts import (
     read_rollouts,
 )
 from dynprune.data.tasks import Query
+from dynprune.evaluation.parts import ExplorationPart
+from dynprune.evaluation.run_results import write_parts
 from dynprune.exploration.engine import Step
 from dynprune.exploration.engine import explore as explore_queries
-from dynprune.exploration.statistics import exploration_statistics, statistics_lines
+from dynprune.exploration.statistics import ExplorationStatistics, exploration_statistics, statistics_lines
 from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
@@ -63,8 +65,8 @@ def explore_splits(run: Run) -> None:
         )
     splits = ("train", "validation")
     if settings.shard is None:
-        for split in splits:
-            explore(run, split)
+        train, _ = (explore(run, split) for split in splits)
+        write_parts(run.folder, run.config.seed, {"exploration": exploration_part(run, train)})
         return
     shards = {split: _queries(run, split)[settings.shard :: settings.shards] for split in splits}
     # Before the first of them is explored: other shards than these would be of no use to it.
@@ -77,6 +79,14 @@ def explore_splits(run: Run) -> None:
     for split, queries in shards.items():
         build = _exploring(run, split, queries)
         run.store.get_or_build(_SHARD, VERSION, *_identity(run, queries), build, resumable=True)
+    write_parts(run.folder, run.config.seed, {})
+
+
+def exploration_part(run: Run, artifact: Artifact) -> ExplorationPart:
+    """What an exploration tried, and what came of it."""
+    found = _statistics(artifact.folder, perfect_score(run.config.exploration.score))
+    own = {field.name: getattr(found, field.name) for field in fields(ExplorationPart) if field.name != "rollouts"}
+    return ExplorationPart(**own, rollouts=found.generated)
 
 
 @once_a_run
@@ -214,10 +224,14 @@ def _merging(run: Run, split: str, queries: Sequence[Query]) -> Callable[[Path],
 
 def _write_statistics(folder: Path, min_score: float) -> None:
     """Writes what was tried beside the shards, and logs it."""
-    statistics = exploration_statistics(read_rollouts(folder), read_likelihoods(folder), min_score)
+    statistics = _statistics(folder, min_score)
     with replacing(folder / STATISTICS) as temporary:
         temporary.write_text(json.dumps(asdict(statistics), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     log.info("explored %s", "\n".join(statistics_lines(statistics)))
+
+
+def _statistics(folder: Path, min_score: float) -> ExplorationStatistics:
+    return exploration_statistics(read_rollouts(folder), read_likelihoods(folder), min_score)
 
 
 def _ended(steps: Iterable[Step], journal: Journal) -> Iterator[list[Tried]]:

@@ -1,6 +1,5 @@
 """The stage ``report``: the table and the figures of a run, in ``report/`` of its folder."""
 
-import json
 import logging
 import os
 import shutil
@@ -22,21 +21,23 @@ from dynprune.evaluation.figures import (
     accuracy_speedup,
     budget_curve,
     layer_counts,
-    layer_error,
     layers_pruned,
 )
 from dynprune.evaluation.headline import write_headline
 from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
 from dynprune.evaluation.latency import Timing
+from dynprune.evaluation.layer_error import layer_error
 from dynprune.evaluation.machine import describe_machine, versions
-from dynprune.evaluation.run_results import typed
+from dynprune.evaluation.parts import Part
+from dynprune.evaluation.run_results import typed, write_parts
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
 from dynprune.evaluation.training_curves import TrainingCurve, read_curve, training_curves
-from dynprune.stages.adapters import adapters
+from dynprune.stages.adapters import adapter_part, adapters
 from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
+from dynprune.stages.explore import exploration_part, explore
 from dynprune.stages.router import CURVE
 from dynprune.stages.router_rows import TrainedMethod
 from dynprune.stages.rows import Row
@@ -92,9 +93,13 @@ def report(run: Run) -> Path:
     if pruned:
         layers_pruned(pruned, new / "layers_pruned.png")
     artifact = adapters(run)
+    parts: dict[str, Part] = {}
     if artifact is not None:
-        errors = json.loads((artifact.folder / "errors.json").read_text(encoding="utf-8"))
-        layer_error(errors["mse"], errors["relative_error"], new / "layer_error.png")
+        parts["adapters"] = part = adapter_part(artifact)
+        layer_error(part.mse, part.relative_error, new / "layer_error.png")
+    # A ready router was not trained here, so nothing needed to be explored.
+    if evaluation.methods and run.config.router.folder is None:
+        parts["exploration"] = exploration_part(run, explore(run))
     choosing = [row for row in evaluation.rows if _is_pruned(row) and not row.origin.startswith("[")]
     if choosing:
         counts = {row.name: [len(s.pruned_layers) for s in evaluation.samples[row.name]] for row in choosing}
@@ -104,6 +109,7 @@ def report(run: Run) -> Path:
     _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
+    write_parts(run.folder, run.config.seed, parts)
     track_report(folder)
     Console().print(render_table(rows))
     for path in sorted(folder.iterdir()):

@@ -20,7 +20,8 @@ from dynprune.data.filtering import keep_successful
 from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
-from dynprune.evaluation.run_results import write_router
+from dynprune.evaluation.parts import RouterPart
+from dynprune.evaluation.run_results import write_parts
 from dynprune.evaluation.training_curves import METRICS
 from dynprune.methods.base import RouterTraining
 from dynprune.router.budget import CountRule, likeliest
@@ -45,9 +46,9 @@ CURVE = f"curve/{METRICS}"
 def train_router(run: Run) -> None:
     """Trains the router of the run's method, and notes in the run's folder what that came to."""
     counts = router(run).manifest["counts"]
-    # A ready router was not trained here.
-    if counts and run.store.rank == 0:
-        write_router(run.folder, run.config.seed, **counts)
+    if run.store.rank == 0:
+        # A ready router was not trained here.
+        write_parts(run.folder, run.config.seed, {"router": RouterPart(**counts)} if counts else {})
 
 
 def router(run: Run, method: DictConfig | None = None, seed: int | None = None) -> Artifact:
