@@ -1,9 +1,13 @@
 """Stages that several processes of one machine share."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import dynprune, manifests
 
 from dynprune.data.rollouts import read_rollouts
+from dynprune.evaluation.training_curves import read_curve
+from dynprune.stages.router import CURVE
 
 
 @pytest.mark.slow
@@ -19,6 +23,25 @@ def test_two_processes_train_a_router_together_and_one_of_them_evaluates(tmp_pat
     dynprune(tmp_path, "experiment=tiny", *method, "method.batch_size=4", "hardware=ddp", "name=two")
     assert len(manifests(tmp_path, "router")) == routers
     assert (tmp_path / "outputs/two/report/table.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_batches_of_twice_the_size(tmp_path):
+    command = ["experiment=tiny", "stage=router", "method=dpo", "method.epochs=4", "method.optimizer.lr=0.01"]
+    curves, routers = [], []
+    for name, options in (("one", ["method.batch_size=8"]), ("two", ["method.batch_size=4", "hardware=ddp"])):
+        before = set(tmp_path.glob("outputs/artifacts/router/*/manifest.json"))
+        dynprune(tmp_path, *command, *options, f"name={name}")
+        [manifest] = set(tmp_path.glob("outputs/artifacts/router/*/manifest.json")) - before
+        curves.append(read_curve(manifest.parent / CURVE))
+        routers.append(load_file(manifest.parent / "router/router.safetensors"))
+    one, two = curves
+    assert two.epochs == one.epochs == list(range(4))
+    assert one.training_loss[-1] < 0.99 * one.training_loss[0]
+    assert two.training_loss == pytest.approx(one.training_loss, rel=1e-4)
+    assert two.validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
+    for tensor_name, tensor in routers[0].items():
+        assert torch.allclose(routers[1][tensor_name], tensor, atol=1e-4), tensor_name
 
 
 @pytest.mark.slow

@@ -231,6 +231,18 @@ def test_every_rank_gets_equally_many_and_no_item_is_missed(stream_and_key, plac
     assert len({tuple(map(len, by_worker)) for by_worker in by_rank}) == 1
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_ranks_batches_together_are_those_of_one_process(stream_and_key, place, seed, ranks):
+    make, key = stream_and_key
+    stream = make(seed)
+    ((alone,),) = deal(place, stream, 1, 1)
+    by_rank = [[key(item) for item in of_rank] for (of_rank,) in deal(place, stream, ranks, 1)]
+    together = [item for of_all in zip(*by_rank, strict=True) for item in of_all]
+    expected = [key(item) for item in alone]
+    assert together == [*expected, *expected[: -len(expected) % ranks]]
+
+
 def test_more_ranks_than_items_get_one_item_each(tmp_path, place):
     stream = RolloutStream(
         folder_of(tmp_path, 3), allows_all, partial(keep_successful, min_score=1.0, min_share_of_deepest=0.0), 0

@@ -1,11 +1,12 @@
 """The streams that routers learn from: preference pairs and rollouts, read from parquet as they are needed.
 
 An epoch's order is that of the parquet files' pieces (row groups, shards), drawn anew, and then that of a
-shuffle buffer; both follow from the seed and the epoch. The items are dealt out in turn: to the ranks of a
-distributed run, and a rank's to the workers of its DataLoader. Every rank gets equally many, since ranks that
-run out of batches at different times wait for each other without end: where the ranks do not divide the items,
-the last ranks also get the first items of the order, one each. With one rank nothing is repeated, and nothing
-is ever left out.
+shuffle buffer; both follow from the seed and the epoch. In that order the items are dealt out in turn: to the
+ranks of a distributed run, and a rank's to the workers of its DataLoader. So the ranks' batches together are one
+process's batch, of as many items as theirs together; each of them reads everything for that. Every rank gets
+equally many, since ranks that run out of batches at different times wait for each other without end: where the
+ranks do not divide the items, the last ranks also get the first items of the order, one each. With one rank
+nothing is repeated, and nothing is ever left out.
 
 Legend: B = configurations read together, L = the SLM's decoder layers.
 """
@@ -14,7 +15,6 @@ import itertools
 import math
 import random
 from abc import abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -71,17 +71,12 @@ class _Stream(IterableDataset[Item]):
         if self._seed is not None:
             random.Random(f"{self._seed}-{self._epoch}").shuffle(order)
 
-        total = sum(self._sizes)
-        mine = range(rank + ranks * worker, math.ceil(total / ranks) * ranks, ranks * workers)
-        repeated = range(0)
-        if mine and mine[-1] >= total:
-            first_again = mine[-1] % total
-            mine, repeated = mine[:-1], range(first_again, first_again + 1)
-        items = itertools.chain(self._read(self._pieces(order, mine)), self._read(self._pieces(order, repeated)))
-        if self._seed is None:
-            return items
-        rng = random.Random(f"{self._seed}-{self._epoch}-{rank}-{worker}")
-        return _shuffled(items, self._shuffle_buffer, rng)
+        items = self._read(order)
+        if self._seed is not None:
+            # As the first worker of the first rank drew when each had an order of its own: routers of then are those of now.
+            items = _shuffled(items, self._shuffle_buffer, random.Random(f"{self._seed}-{self._epoch}-0-0"))
+        dealt = _filled_up(items, -sum(self._sizes) % ranks)
+        return itertools.islice(dealt, rank + ranks * worker, None, ranks * workers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Take the rank along: a worker process that is not forked belongs to no process group."""
@@ -92,19 +87,9 @@ class _Stream(IterableDataset[Item]):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return self._replica
 
-    def _pieces(self, order: Sequence[int], positions: range) -> Iterator[tuple[int, range]]:
-        """Find the items at some positions of the order: pieces, and the items' numbers in them."""
-        start = 0
-        for piece in order:
-            stop = start + self._sizes[piece]
-            inside = positions[bisect_left(positions, start) : bisect_left(positions, stop)]
-            if inside:
-                yield piece, range(inside.start - start, inside.stop - start, inside.step)
-            start = stop
-
     @abstractmethod
-    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
-        """Read some items of some pieces."""
+    def _read(self, pieces: Iterable[int]) -> Iterator[Item]:
+        """Read pieces, one after another."""
 
 
 class PairStream(_Stream):
@@ -147,10 +132,10 @@ class PairStream(_Stream):
         allowed_B = self._allows(winner_mask_BL) & self._allows(loser_mask_BL)
         return list(itertools.compress(rows, allowed_B.tolist()))
 
-    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
+    def _read(self, pieces: Iterable[int]) -> Iterator[Item]:
         with open_parquet(self._path, PAIR_SCHEMA) as file:
-            for group, numbers in pieces:
-                for row in self._possible(file, group)[numbers.start : numbers.stop : numbers.step]:
+            for group in pieces:
+                for row in self._possible(file, group):
                     yield {
                         "id": row["id"],
                         "winner_mask_L": _mask_L(row["winner_pruned_layers"], self.num_layers),
@@ -242,9 +227,9 @@ class RolloutStream(_Stream):
                     "mean_pruned": mean_pruned,
                 }
 
-    def _read(self, pieces: Iterable[tuple[int, range]]) -> Iterator[Item]:
-        for shard, numbers in pieces:
-            yield from self._items(shard)[numbers.start : numbers.stop : numbers.step]
+    def _read(self, pieces: Iterable[int]) -> Iterator[Item]:
+        for shard in pieces:
+            yield from self._items(shard)
 
 
 def _masks_BL(configurations: Sequence[Sequence[int]], num_layers: int) -> Tensor:
@@ -258,6 +243,17 @@ def _mask_L(pruned_layers: Sequence[int], num_layers: int) -> Tensor:
     mask_L = torch.zeros(num_layers, dtype=torch.bool)
     mask_L[list(pruned_layers)] = True
     return mask_L
+
+
+def _filled_up(items: Iterable[Item], missing: int) -> Iterator[Item]:
+    """Yield the items, and then as many as are missing once more, from the first one on."""
+    again: list[Item] = []
+    for item in items:
+        if len(again) < missing:
+            again.append(item)
+        yield item
+    # There may be fewer items than ranks.
+    yield from itertools.islice(itertools.cycle(again), missing)
 
 
 def _shuffled(items: Iterable[Item], buffer_size: int, rng: random.Random) -> Iterator[Item]:

@@ -116,9 +116,10 @@ class RouterTraining(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
         loss, metrics = self.training_loss(self.outputs(batch), batch)
-        self.log("train/loss", loss, prog_bar=True)
+        # Over all processes: what one of them logs is the curve of the whole batch.
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         # The names that the field uses: rewards/chosen, logps/rejected and so on, as in TRL.
-        self.log_dict(metrics)
+        self.log_dict(metrics, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
