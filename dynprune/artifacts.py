@@ -8,7 +8,8 @@ a stage never redoes it::
     <root>/<stage>/<fingerprint>.partial/    being built, or left by a run that stopped
     <root>/<stage>/<fingerprint>.lock        held by the process that builds
 
-A folder gets its final name only when it is complete and on the disk, so whatever has that name can be read.
+A folder gets its final name only when it is complete and on the disk, so whatever has that name can be read. Its manifest holds
+the hashes of its files, which are checked when a process reads it first.
 """
 
 import hashlib
@@ -28,7 +29,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dynprune.atomic import flush
-from dynprune.manifests import MANIFEST, broken, peak_memory_mib, read_manifest, versions, write_manifest
+from dynprune.manifests import (
+    MANIFEST,
+    broken,
+    check_content,
+    content_hashes,
+    peak_memory_mib,
+    read_manifest,
+    versions,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +46,7 @@ USES = "artifacts.txt"
 """Where a run's folder notes the artifacts that it asked for."""
 RUNS = "runs.txt"
 """Where the store notes the folders of the runs that asked for artifacts."""
+_PARTIAL = ".partial"
 
 
 def fingerprint(
@@ -75,8 +86,8 @@ class Artifact:
         folder: The folder with its files.
         manifest: What ``manifest.json`` says: stage, fingerprint, version, config, data, upstream, attempts
             (when each began, as a Unix time, and the seconds it took), wall_clock_s (over all attempts),
-            counts (the stage's own), versions, peak_memory_mib (of the process that finished it, and of its
-            GPU), created (ISO 8601, UTC).
+            counts (the stage's own), files (their hashes), versions, peak_memory_mib (of the process that
+            finished it, and of its GPU), created (ISO 8601, UTC).
     """
 
     stage: str
@@ -206,6 +217,8 @@ class Store:
                 continue
             found = read_manifest(path, ("version", "config", "data", "upstream"))
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
+                if not path.parent.name.endswith(_PARTIAL):
+                    check_content(path.parent, path.stat().st_mtime_ns)
                 yield path.parent
 
     def _whole(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -272,6 +285,7 @@ class Store:
         manifest |= {
             "wall_clock_s": sum(each["seconds"] for each in manifest["attempts"]),
             "counts": counts,
+            "files": content_hashes(partial),
             "versions": versions(),
             "peak_memory_mib": peak_memory_mib(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -315,7 +329,7 @@ def _locked(place: Path) -> Iterator[None]:
 
 
 def _partial(place: Path) -> Path:
-    return place.with_name(f"{place.name}.partial")
+    return place.with_name(f"{place.name}{_PARTIAL}")
 
 
 def _earlier_attempts(partial: Path) -> list[dict[str, Any]]:
@@ -348,6 +362,7 @@ def _read(place: Path) -> Artifact:
     expected = fingerprint(*(manifest[key] for key in ("stage", "version", "config", "data", "upstream")))
     if (manifest["stage"], manifest["fingerprint"], expected) != (place.parent.name, place.name, place.name):
         raise broken(path, "is of another artifact, or was edited")
+    check_content(place, path.stat().st_mtime_ns)
     return Artifact(place.parent.name, place.name, place, manifest)
 
 

@@ -1,10 +1,12 @@
 """The manifest of an artifact: the file that says what made it, with which releases, and what that took."""
 
+import hashlib
 import json
 import platform
 import resource
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -52,10 +54,10 @@ def read_manifest(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
-def broken(path: Path, why: str) -> ValueError:
-    """What to raise for a manifest that says nothing to rely on."""
+def broken(path: Path, why: str, folder: Path | None = None) -> ValueError:
+    """What to raise for a file of an artifact, usually its manifest, that says nothing to rely on."""
     return ValueError(
-        f"{path} {why}, so this folder cannot be trusted: delete it (rm -r {path.parent}) and run the same "
+        f"{path} {why}, so this folder cannot be trusted: delete it (rm -r {folder or path.parent}) and run the same "
         "command again, which makes it anew."
     )
 
@@ -64,6 +66,36 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, as a whole or not at all."""
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def content_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder but its manifest, by its path in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+@cache
+def check_content(folder: Path, written: int) -> None:
+    """Checks that the files of an artifact are those that were written; once in a process.
+
+    Args:
+        folder: The artifact's folder; what was made before manifests had hashes passes.
+        written: When its manifest was last written, in nanoseconds: another one is checked anew.
+
+    Raises:
+        ValueError: A file is missing, or differs.
+    """
+    for name, expected in read_manifest(folder / MANIFEST, ()).get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise broken(path, "is missing", folder)
+        if _sha256(path) != expected:
+            raise broken(path, "is not what was written", folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dynprune.artifacts import Store, fingerprint
+from dynprune.manifests import check_content
 
 SPAWN = multiprocessing.get_context("spawn")
 INPUTS = {
@@ -334,6 +335,29 @@ def test_a_folder_that_lost_its_manifest_is_an_error(tmp_path):
 
 
 # What is there
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "longer"])
+def test_a_file_that_is_not_what_was_written_is_an_error_that_names_it_and_the_remedy(tmp_path, damage):
+    artifact = get(tmp_path)
+    file = artifact.folder / "answer.txt"
+    assert artifact.manifest["files"] == {"answer.txt": hashlib.sha256(b"42").hexdigest()}
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"flipped": b"43", "cut": b"4", "longer": b"42\n"}[damage])
+    check_content.cache_clear()
+    with pytest.raises(ValueError, match=rf"answer.txt is .*rm -r {artifact.folder}\)"):
+        get(tmp_path, build=must_not_build)
+
+
+def test_what_was_made_before_there_were_hashes_is_read(tmp_path):
+    path = get(tmp_path).folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]
+    path.write_text(json.dumps(manifest))
+    (path.parent / "answer.txt").write_text("43")
+    assert get(tmp_path, build=must_not_build).manifest == manifest
 
 
 def test_only_a_complete_artifact_is_held_and_folders_of_like_ones_are_found(tmp_path):
