@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all lint types bench lock clean
+.PHONY: help setup run test test-all trust lint types bench lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: $(INSTALLED)  ## Run the fast tests
 
 test-all: $(INSTALLED)  ## Run all tests, those on the embedded model and on the built wheel too
 	$(PYTEST)
+
+trust: $(INSTALLED)  ## Try to break it, and write experiments/trust (PARTS=inputs runs one part)
+	PYTHONPATH=tests $(BIN)/python -m trust.run $(PARTS)
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check

@@ -24,6 +24,7 @@ from transformers import (
 from dynprune.slm.allocator import keep_freed_memory
 from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.layers import decoder_layers
+from dynprune.slm.support import refusal
 
 _DELTAS = Path(__file__).parent / "deltas"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -305,4 +306,9 @@ def _prepare(
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if model.device.type == "cpu" else "0"
     if model.device.type == "cpu":
         keep_freed_memory()
+    if reason := refusal(model):
+        raise ValueError(
+            f"{name} cannot be pruned: {reason}; use a decoder-only model of like layers, for example a Llama, Qwen2, Qwen3, "
+            "Mistral or Gemma 3"
+        )
     return SLM(model=model, tokenizer=tokenizer, name=name)

@@ -70,7 +70,7 @@ def run() -> dict[str, Any]:
 def _job(job: tuple[int | str, int]) -> tuple[int, list[str], Counter[str]]:
     number, count = job
     queries = load_bfcl()
-    inputs = _huge(queries) if number == "huge" else _mutated(queries, random.Random(f"inputs {number}"), count)
+    inputs = _huge(queries) if number == "huge" else mutated(queries, random.Random(f"inputs {number}"), count)
     tried, failures, credited = 0, [], Counter[str]()
     for output, query in inputs:
         tried += 1
@@ -240,7 +240,7 @@ def _leaves(value: Any) -> Iterator[object]:
         yield type(value) is bool, value
 
 
-def _mutated(queries: Sequence[Query], rng: random.Random, count: int) -> Iterator[tuple[str, Query]]:
+def mutated(queries: Sequence[Query], rng: random.Random, count: int) -> Iterator[tuple[str, Query]]:
     """Answers to queries, right and wrong ones, changed some times: first as values, then as text."""
     for _ in range(count):
         query = rng.choice(queries)
