@@ -1,5 +1,6 @@
 """The Hydra entry point ``dynprune``: composes the configuration and runs the stage that it names."""
 
+import errno
 import logging
 import os
 import sys
@@ -21,6 +22,8 @@ from dynprune.messages import quieten
 from dynprune.paths import conf_dir
 
 log = logging.getLogger(__name__)
+# A disk that is full, or a folder that cannot be written to: no mistake of the program's.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # File systems allow 255 bytes; the job's number stands before it.
 _LONGEST_NAME = 240
 
@@ -78,6 +81,11 @@ def main(config: DictConfig) -> None:
         if not isinstance(cause, ValueError) or multirun or os.environ.get("HYDRA_FULL_ERROR"):
             raise
         log.error("%s", cause)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _NO_ROOM or multirun or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        log.error("%s; what is done is kept: once that is mended, the same command goes on from there", error)
         sys.exit(1)
 
 

@@ -19,7 +19,7 @@ from dynprune.evaluation.cells import listed
 from dynprune.evaluation.machine import describe_machine
 
 FOLDER = Path("experiments/trust")
-PARTS = ("inputs", "checker", "architectures")
+PARTS = ("inputs", "checker", "architectures", "faults")
 FIGURES = (
     *("faults_injected", "faults_survived", "inputs_tried", "input_failures", "architectures_passed", "architectures_refused"),
     *("checker_pairs", "checker_disagreements", "mutants_killed_share"),
