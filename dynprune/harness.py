@@ -14,7 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from dynprune.slm.pruning import LayerPruner, configuration_mask
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """What the harness asks the likelihood of: context and continuation, and both as tokens."""
-_LONGEST = 2048
+_UNPRUNED = "unpruned"
 
 
 @register_model("dynprune")
@@ -54,11 +54,12 @@ class DynamicLM(TemplateLM):
             pretrained: A folder of ``stage=export``, or a Hub id.
             revision: Commit or tag on the Hub.
             budget: The nominal speedup to reach, 0..1; the router's own choice by default.
-            layers: Layers to prune for all requests instead of asking the router: ``3+7``, or ``none``.
+            layers: Layers to prune for all requests instead of asking the router: ``3+7``, or ``unpruned``. (The harness reads
+                ``none`` as an argument that is not there.)
             dtype: See `DynamicModel.from_pretrained`.
             device: Torch device; the CPU by default, and where the harness asks for a GPU that is not there.
             batch_size: Requests run together.
-            max_length: Tokens of a request, at most; that of the SLM, and no more than 2048, by default.
+            max_length: Tokens of a request, at most; what the SLM's configuration says by default.
             max_gen_toks: Tokens of an answer, at most, where a task does not say.
 
         Raises:
@@ -77,8 +78,7 @@ class DynamicLM(TemplateLM):
         self._fixed = None if layers is None else _layers(str(layers), self.model.slm.num_layers)
         self._budget = budget
         self._batch_size = int(batch_size)
-        longest = int(getattr(self.model.slm.model.config.get_text_config(), "max_position_embeddings", _LONGEST))
-        self.max_length = max_length or min(longest, _LONGEST)
+        self.max_length = max_length or resolve_max_length(self.model.slm.model.config, self.tokenizer)
         self.max_gen_toks = max_gen_toks
 
     @property
@@ -86,6 +86,12 @@ class DynamicLM(TemplateLM):
         """The token that ends a text."""
         token: int = self.model.slm.tokenizer.eos_token_id
         return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without a context."""
+        begin: int | None = self.model.slm.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
@@ -98,8 +104,11 @@ class DynamicLM(TemplateLM):
         return str(tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """A text as tokens, without special ones unless they are asked for."""
-        tokens: list[int] = self.model.slm.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+        """A text as tokens, with the special ones that the tokenizer adds itself, unless the text begins with one."""
+        tokenizer = self.model.slm.tokenizer
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, tokenizer.decode([self.prefix_token_id]))
+        tokens: list[int] = tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return tokens
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -143,29 +152,38 @@ class DynamicLM(TemplateLM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to the first of its stop texts."""
-        contexts, settings = [request.args[0] for request in requests], [request.args[1] for request in requests]
-        stops = [_stops(one) for one in settings]
-        slm = self.model.slm
+        """Answers, each up to the first of its stop texts.
+
+        Raises:
+            ValueError: If a task wants samples, or leaves no room for its contexts.
+        """
+        contexts = [request.args[0] for request in requests]
+        settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         asked = [
-            Request(
-                tuple(self.tok_encode(context)[-self.max_length + limit :]),
-                layers,
-                limit,
-                give_up=partial(_has_ended, slm, stop),
-            )
-            for context, layers, limit, stop in zip(
-                contexts,
-                self._choose(contexts),
-                [int(one.get("max_gen_toks", self.max_gen_toks)) for one in settings],
-                stops,
-                strict=True,
-            )
+            self._request(context, layers, own)
+            for context, layers, own in zip(contexts, self._choose(contexts), settings, strict=True)
         ]
+        slm = self.model.slm
         with LayerPruner(slm, self.model.adapters) as pruner:
             answers = generate_all(slm, pruner, asked, self._batch_size)
             said = dict(tqdm(answers, total=len(asked), disable=disable_tqdm))
-        return [postprocess_generated_text(slm.decode(said[place].token_ids), stop, None) for place, stop in enumerate(stops)]
+        return [
+            postprocess_generated_text(slm.decode(said[place].token_ids), own["until"], None)
+            for place, own in enumerate(settings)
+        ]
+
+    def _request(self, context: str, layers: tuple[int, ...], settings: Mapping[str, Any]) -> Request:
+        if settings["do_sample"]:
+            raise ValueError(f"a task asks for samples ({dict(settings)}), but answers are greedy; allowed: do_sample=false")
+        limit = settings["max_gen_toks"]
+        if limit >= self.max_length:
+            raise ValueError(
+                f"a task asks for answers of {limit} tokens (max_gen_toks), which leaves no room for a context within "
+                f"max_length={self.max_length}; allowed: a larger max_length, or less: --gen_kwargs "
+                f"max_gen_toks={self.max_length // 2}"
+            )
+        prompt = tuple(self.tok_encode(context)[limit - self.max_length :])
+        return Request(prompt, layers, limit, give_up=partial(_has_ended, self.model.slm, settings["until"]))
 
     def _choose(self, contexts: Sequence[str]) -> list[tuple[int, ...]]:
         if self._fixed is not None:
@@ -181,29 +199,19 @@ class DynamicLM(TemplateLM):
 
 
 def _layers(text: str, num_layers: int) -> tuple[int, ...]:
-    if text == "none":
+    if text == _UNPRUNED:
         return ()
     parts = text.split("+")
     if not all(part.isdigit() and int(part) < num_layers for part in parts):
-        raise ValueError(f"layers={text} are no layers; allowed: none, or numbers from 0 to {num_layers - 1}, such as 3+7")
+        raise ValueError(
+            f"layers={text} are no layers; allowed: {_UNPRUNED}, or numbers from 0 to {num_layers - 1}, such as 3+7"
+        )
     return tuple(sorted({int(part) for part in parts}))
 
 
 def _has_ended(slm: SLM, stops: Sequence[str], said: tuple[int, ...]) -> bool:
     text = slm.decode(said)
     return any(stop in text for stop in stops)
-
-
-def _stops(settings: Mapping[str, Any]) -> list[str]:
-    """The texts that end an answer.
-
-    Raises:
-        ValueError: If the task wants samples.
-    """
-    if settings.get("do_sample") or float(settings.get("temperature", 0) or 0) > 0:
-        raise ValueError(f"a task asks for samples ({dict(settings)}), but answers are greedy; allowed: do_sample=false")
-    until = settings.get("until", [])
-    return [until] if isinstance(until, str) else list(until)
 
 
 if __name__ == "__main__":

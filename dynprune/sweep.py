@@ -5,6 +5,7 @@ Hydra calls it (``hydra.callbacks``); it is constructed at every start, so what 
 
 import logging
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ log = logging.getLogger(__name__)
 
 class CompareJobs(Callback):
     """Compares the jobs of a sweep; a job that failed is a line that says why."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Says in a sentence where the run's folder cannot be written to: Hydra would show a traceback.
+
+        Raises:
+            SystemExit: It cannot.
+        """
+        _check_writable(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Says the same of a sweep's folder.
+
+        Raises:
+            SystemExit: It cannot be written to.
+        """
+        _check_writable(Path(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Notes why a job failed, and lets the sweep go on: Hydra would end it without a comparison."""
@@ -48,9 +65,8 @@ class CompareJobs(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         jobs = [path for path in folder.glob("*") if path.is_dir()]
-        compared = [path for path in jobs if is_run(path)]
         try:
-            if compared:
+            if compared := [path for path in jobs if is_run(path)]:
                 show_comparison(compared, folder)
         except Exception:
             # Hydra would make a warning of it, and leave out what follows.
@@ -59,3 +75,13 @@ class CompareJobs(Callback):
             again = f"hydra.sweep.dir={folder} skip_completed=true"
             log.error("%d of %d jobs failed; to run them alone, type the same command with %s", len(lost), len(jobs), again)
             sys.exit(1)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        print(f"{error}; allowed: a folder that can be written to, type paths.outputs=FOLDER", file=sys.stderr)
+        sys.exit(1)

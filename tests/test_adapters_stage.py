@@ -38,6 +38,7 @@ def test_adapters_made_before_there_was_a_choice_of_the_last_target_are_those_of
     assert made["config"]["adapter"]["last_target"] == "final_norm"
 
 
+@pytest.mark.slow
 def test_a_sweep_of_adapters_ends_with_their_errors_side_by_side(tmp_path):
     options = ("adapter.bottleneck=8", "hydra.sweep.dir=sweep")
     dynprune(tmp_path, "-m", "experiment=tiny", "stage=adapters", "adapter=identity,bottleneck,ridge", *options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from tiny import run_tiny
+from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 
@@ -67,7 +68,7 @@ def found(model, manager: TaskManager) -> dict[str, list]:
 
 def check_against_the_plain_model(folder: Path, tmp_path: Path) -> None:
     manager = write_tasks(tmp_path / "tasks")
-    unpruned = DynamicLM(str(folder), layers="none", batch_size=2)
+    unpruned = DynamicLM(str(folder), layers="unpruned", batch_size=2)
     plain = HFLM(pretrained=unpruned.model.slm.model, tokenizer=unpruned.model.slm.tokenizer, batch_size=1, device="cpu")
     ours, theirs = found(unpruned, manager), found(plain, manager)
     for mine, other in zip(ours["choose"], theirs["choose"], strict=True):
@@ -89,9 +90,8 @@ def test_with_nothing_pruned_it_finds_what_the_plain_model_finds(exported, tmp_p
 
 
 def test_with_nothing_pruned_it_finds_what_the_plain_embedded_model_finds(tmp_path):
-    run_tiny(
-        tmp_path, "run", "model=smollm2_135m_fc", "router=tiny", "adapter=shipped", "adapter.max_samples=4", "stage=export"
-    )
+    few = ("exploration.max_queries=2", "exploration.max_validation_queries=1")
+    run_tiny(tmp_path, "run", "model=smollm2_135m_fc", "adapter=identity", "stage=export", *few)
     check_against_the_plain_model(tmp_path / "outputs/run/model", tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_likelihoods_are_those_of_each_requests_own_layers_recomputed_alone(expo
 
 
 def test_the_likelihood_of_a_text_longer_than_the_window_is_that_of_its_parts(exported):
-    model = DynamicLM(str(exported), layers="none", batch_size=2, max_length=8)
+    model = DynamicLM(str(exported), layers="unpruned", batch_size=2, max_length=8)
     text = "abcdefghijklmnopqrst"
     [nats] = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     slm, tokens = model.model.slm, model.tok_encode(text)
@@ -130,7 +130,8 @@ def test_the_likelihood_of_a_text_longer_than_the_window_is_that_of_its_parts(ex
 
 def test_the_harness_knows_it_by_name_and_answers_end_at_the_tasks_stop_texts(exported):
     assert get_model("dynprune") is DynamicLM
-    model = DynamicLM.create_from_arg_string(f"pretrained={exported},layers=none", {"batch_size": 2})
+    assert DynamicLM.create_from_arg_string(f"pretrained={exported},layers=unpruned")._choose(["Hello"]) == [()]
+    model = DynamicLM.create_from_arg_string(f"pretrained={exported},layers=unpruned", {"batch_size": 2})
     [free] = model.generate_until([Instance("generate_until", {}, ("Hello", {"max_gen_toks": 16}), 0)], disable_tqdm=True)
     stop = free[3]
     settings = {"until": [stop], "max_gen_toks": 16}
@@ -142,7 +143,7 @@ def test_the_harness_knows_it_by_name_and_answers_end_at_the_tasks_stop_texts(ex
     ("arguments", "sentence"),
     [
         ({"batch_size": "auto"}, "batch_size=auto is no number of requests"),
-        ({"layers": "3+99"}, "layers=3\\+99 are no layers; allowed: none, or numbers from 0 to 3"),
+        ({"layers": "3+99"}, "layers=3\\+99 are no layers; allowed: unpruned, or numbers from 0 to 3"),
         ({"layers": "1", "budget": 0.1}, "leave one of the two out"),
     ],
 )
@@ -151,10 +152,35 @@ def test_arguments_that_are_not_possible_are_refused(exported, arguments, senten
         DynamicLM(str(exported), **arguments)
 
 
-def test_samples_are_refused(exported):
-    model = DynamicLM(str(exported), layers="none")
+def test_what_a_task_asks_is_read_as_the_harness_reads_it(exported):
+    model = DynamicLM(str(exported), layers="unpruned", max_length=64)
+
+    def said(**settings):
+        return model.generate_until([Instance("generate_until", {}, ("Hello " * 20, settings), 0)], disable_tqdm=True)[0]
+
     with pytest.raises(ValueError, match="answers are greedy"):
-        model.generate_until([Instance("generate_until", {}, ("Hello", {"temperature": 0.7}), 0)])
+        said(temperature=0.7)
+    with pytest.raises(ValueError, match="leaves no room for a context within max_length=64"):
+        said(max_gen_toks=64)
+    # A temperature without sampling means nothing; other libraries' names for the limit are known.
+    longer = said(max_new_tokens=40, do_sample=False, temperature=1.0)
+    assert len(model.tok_encode(longer)) > len(model.tok_encode(said(max_gen_toks=4)))
+    # What does not fit is left out at the beginning: 24 tokens are left of the context.
+    model.max_length = 10_000
+    [request] = [Instance("generate_until", {}, (("Hello " * 20)[-24:], {"max_gen_toks": 40}), 0)]
+    assert model.generate_until([request], disable_tqdm=True)[0] == longer
+
+
+def test_a_token_that_begins_texts_stands_before_them_as_the_tokenizer_puts_it(exported):
+    model = DynamicLM(str(exported), layers="unpruned")
+    tokenizer = model.tokenizer
+    plain = model.tok_encode("Hello")
+    begin = tokenizer.add_special_tokens({"bos_token": "<begin>"}) and tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", begin)])
+    assert model.tok_encode("Hello") == [begin, *plain]
+    assert model.tok_encode("<begin>Hello") == [begin, *plain]
+    assert model.tok_encode("Hello", add_special_tokens=False) == plain
+    assert model.prefix_token_id == begin
 
 
 def test_the_command_prints_the_harness_table(exported, tmp_path):

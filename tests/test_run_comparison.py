@@ -164,11 +164,11 @@ def test_a_failed_run_says_why_in_every_file(tmp_path, monkeypatch):
     document = json.loads(written["comparison.json"].read_text())
     assert [(f["setting"], f["seed"], f["reason"]) for f in document["failed"]] == [
         ("method=orpo", "2", "router.k_max=99 is not possible"),
-        ("method=kto", "0", "it has not ended, or was killed"),
+        ("method=kto", "0", "it left nothing to compare: it has not ended, or was killed"),
     ]
     assert "router.k_max=99 is not possible" in written["comparison.md"].read_text()
     lines = list(csv.DictReader(written["comparison.csv"].open()))
-    assert [line["failed"] for line in lines] == ["", "", "router.k_max=99 is not possible", "it has not ended, or was killed"]
+    assert [line["failed"] for line in lines] == ["", "", "router.k_max=99 is not possible", "it left nothing to compare: it has not ended, or was killed"]
     assert float(lines[1]["ast_match"]) == 1.0
     assert render_comparison(comparison).renderables
 
@@ -265,11 +265,13 @@ def test_adapters_and_explorations_of_several_runs_are_averaged_over_seeds(tmp_p
 def test_parts_that_all_runs_with_a_table_share_are_no_part_of_the_comparison(tmp_path):
     for number, method in enumerate(("fbc", "dpo")):
         write_run(tmp_path / f"{number}_{method}", [f"method={method}"], {"original": [1, 0], "router": [1, number]})
-        write_parts(tmp_path / f"{number}_{method}", 0, {"adapters": AdapterPart((1.0,), (0.1,))})
+        write_parts(tmp_path / f"{number}_{method}/report", 0, {"adapters": AdapterPart((1.0,), (0.1,))})
+        # What another stage of the same folder came to is not the table's.
+        write_parts(tmp_path / f"{number}_{method}", 0, {"adapters": AdapterPart((7.0 + number,), (0.1,))})
     runs = [read_run(folder) for folder in sorted(tmp_path.iterdir())]
     assert [run.parts["adapters"].mse for run in runs] == [(1.0,), (1.0,)]
     assert compare_runs(runs).adapters == []
-    write_parts(tmp_path / "1_dpo", 0, {"adapters": AdapterPart((2.0,), (0.1,))})
+    write_parts(tmp_path / "1_dpo/report", 0, {"adapters": AdapterPart((2.0,), (0.1,))})
     runs = [read_run(folder) for folder in sorted(tmp_path.iterdir())]
     assert [entry.mean.mse for entry in compare_runs(runs).adapters] == [(1.0,), (2.0,)]
 

@@ -89,3 +89,13 @@ def test_a_search_is_judged_on_held_out_queries_alone(tmp_path):
     assert len(routers) == 18
     assert "Routers on held-out queries" in said
     assert not list((tmp_path / "outputs/artifacts").glob("evaluate"))
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"]])
+def test_a_folder_that_cannot_be_written_to_is_said_in_a_sentence(tmp_path, mode):
+    (tmp_path / "outputs").write_text("no folder")
+    said = dynprune(tmp_path, *mode, "experiment=tiny", check=False)
+    assert said.returncode == 1
+    assert "outputs" in said.stderr
+    assert "allowed: a folder that can be written to, type paths.outputs=FOLDER" in said.stderr
+    assert "Traceback" not in said.stderr

@@ -3,7 +3,8 @@
 An epoch's order is that of the parquet files' pieces (row groups, shards), drawn anew, and then that of a
 shuffle buffer; both follow from the seed and the epoch. In that order the items are dealt out in turn: to the
 ranks of a distributed run, and a rank's to the workers of its DataLoader. So the ranks' batches together are one
-process's batch, of as many items as theirs together; each of them reads everything for that. Every rank gets
+process's batch, of as many items as theirs together, where there are no workers; each of them reads everything
+for that. Every rank gets
 equally many, since ranks that run out of batches at different times wait for each other without end: where the
 ranks do not divide the items, the last ranks also get the first items of the order, one each. With one rank
 nothing is repeated, and nothing is ever left out.

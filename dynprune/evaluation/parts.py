@@ -71,7 +71,7 @@ PARTS: Mapping[str, type[AdapterPart] | type[ExplorationPart] | type[RouterPart]
     "exploration": ExplorationPart,
     "router": RouterPart,
 }
-"""By its name in notes and in comparisons."""
+"""By its name in notes."""
 P = TypeVar("P", AdapterPart, ExplorationPart, RouterPart)
 
 

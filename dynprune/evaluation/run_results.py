@@ -1,13 +1,13 @@
 """What a finished run left in its folder, read back for a comparison with others.
 
-A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl`` where it made a table, ``parts.json`` with what its
-parts came to, see `dynprune.evaluation.parts`, and ``failure.json`` where it is a job of a sweep that failed. Each says what
-was typed; of a killed run ``.hydra`` does.
+A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl`` where it made a table, and ``failure.json`` where it
+is a job of a sweep that failed. What its parts came to, see `dynprune.evaluation.parts`, stands in ``report/parts.json`` beside
+the table, or in ``parts.json`` where it made parts alone. Each says what was typed; of a killed run ``.hydra`` does.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,10 @@ def typed() -> list[str]:
 
 
 def write_parts(folder: Path, seed: int, parts: Mapping[str, Part]) -> None:
-    """Notes in a run's folder what its parts came to.
+    """Notes what a run's parts came to.
 
     Args:
-        folder: The folder.
+        folder: The run's folder, or its report's where there is a table.
         seed: The run's seed.
         parts: By their names.
     """
@@ -138,7 +138,7 @@ def is_run(folder: Path) -> bool:
         return True
     if (folder / _PARTS).is_file():
         # Some stages end without anything to compare, such as one shard of an exploration.
-        return bool(json.loads((folder / _PARTS).read_text(encoding="utf-8"))["parts"])
+        return bool(_read_parts(folder / _PARTS).parts)
     if not (folder / _CONFIG).is_file():
         return False
     return yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8")).get("stage") in (*WITH_TABLE, *_WITH_PARTS)
@@ -150,7 +150,7 @@ def read_run(folder: Path) -> RunResult:
     Raises:
         ValueError: Its table, its samples or what it says of its parts is broken.
     """
-    for name in (_FAILURE, TABLE, _PARTS):
+    for name in (_FAILURE, TABLE):
         if not (folder / name).is_file():
             continue
         try:
@@ -159,25 +159,32 @@ def read_run(folder: Path) -> RunResult:
             overrides = _by_key(found.get("overrides", []))
             if name == _FAILURE:
                 return RunResult(folder, overrides, str(found["seed"]), failure=found["error"])
-            if name == _PARTS:
-                return RunResult(folder, overrides, str(found["seed"]), parts=_parts(found))
-            return RunResult(
-                folder,
-                overrides,
-                str(found["config"]["seed"]),
-                _rows(folder, found),
-                found["machine"],
-                parts=_parts(json.loads((folder / _PARTS).read_text(encoding="utf-8"))) if (folder / _PARTS).is_file() else {},
-            )
+            rows = _rows(folder, found)
+            run = RunResult(folder, overrides, str(found["config"]["seed"]), rows, found["machine"])
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / name} is broken ({type(error).__name__}: {error}); run it again") from error
+            raise _broken(folder / name, error) from error
+        beside = (folder / TABLE).parent / _PARTS
+        return replace(run, parts=_read_parts(beside).parts) if beside.is_file() else run
+    if (folder / _PARTS).is_file():
+        return _read_parts(folder / _PARTS)
     config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
     overrides = _by_key(yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or [])
-    return RunResult(folder, overrides, str(config["seed"]), failure="it has not ended, or was killed")
+    return RunResult(
+        folder, overrides, str(config["seed"]), failure="it left nothing to compare: it has not ended, or was killed"
+    )
 
 
-def _parts(note: Mapping[str, Any]) -> dict[str, Part]:
-    return {name: read_part(name, note["parts"][name]) for name in PARTS if name in note["parts"]}
+def _read_parts(path: Path) -> RunResult:
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        parts = {name: read_part(name, note["parts"][name]) for name in PARTS if name in note["parts"]}
+        return RunResult(path.parent, _by_key(note["overrides"]), str(note["seed"]), parts=parts)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is broken ({type(error).__name__}: {error}); run it again")
 
 
 def _by_key(overrides: Sequence[str]) -> dict[str, str]:

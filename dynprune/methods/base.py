@@ -119,7 +119,7 @@ class RouterTraining(lightning.LightningModule):
         # Over all processes: what one of them logs is the curve of the whole batch.
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         # The names that the field uses: rewards/chosen, logps/rejected and so on, as in TRL.
-        self.log_dict(metrics, sync_dist=True)
+        self.log_dict(metrics)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -47,12 +47,25 @@ def refusal(model: PreTrainedModel) -> str | None:
     ]
     try:
         cache = _run(model)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        return f"it does not run with a cache of keys and values ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        return f"it does not run with a cache of keys and values ({_said(error)})"
     finally:
         for handle in handles:
             handle.remove()
-    return _order(passed, len(layers)) or _states(passed, model) or _keys(cache, len(layers)) or _rows(model)
+    if reason := _order(passed, len(layers)) or _states(passed, model) or _keys(cache, len(layers)):
+        return reason
+    try:
+        return _rows(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"it does not run on rows of different lengths ({_said(error)})"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
 
 
 @torch.no_grad()

@@ -97,8 +97,8 @@ def report(run: Run) -> Path:
     if artifact is not None:
         parts["adapters"] = part = adapter_part(artifact)
         layer_error(part.mse, part.relative_error, new / "layer_error.png")
-    # A ready router was not trained here, so nothing needed to be explored.
-    if evaluation.methods and run.config.router.folder is None:
+    # For ready routers nothing needed to be explored.
+    if any(method.run.config.router.folder is None for method in evaluation.methods):
         parts["exploration"] = exploration_part(run, explore(run))
     choosing = [row for row in evaluation.rows if _is_pruned(row) and not row.origin.startswith("[")]
     if choosing:
@@ -107,9 +107,9 @@ def report(run: Run) -> Path:
     if curves_of := _training_curves(evaluation.methods):
         training_curves(curves_of, new / "training_curves.png")
     _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
+    write_parts(new, run.config.seed, parts)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
-    write_parts(run.folder, run.config.seed, parts)
     track_report(folder)
     Console().print(render_table(rows))
     for path in sorted(folder.iterdir()):

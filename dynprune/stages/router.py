@@ -78,6 +78,9 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
         "devices": hardware.devices,
         "seed": seed,
     }
+    if hardware.devices != 1:
+        # Their processes once had an order each.
+        config["one_order"] = True
     upstream = {"source": source.fingerprint, "validation": held_out.fingerprint}
     if start is not None:
         upstream["start"] = start.fingerprint

@@ -139,7 +139,8 @@ def _wrong(name: str, model: PreTrainedModel) -> str | None:
         for place, (prompt, layers) in enumerate(zip(prompts, configurations, strict=True)):
             pruner.prune(layers)
             tokens = list(prompt)
-            for token in said[place].token_ids:
+            ended = [] if said[place].truncated else [tokenizer.eos_token_id]
+            for token in [*said[place].token_ids, *ended]:
                 logits_V = _logits(model, tokens)[-1]
                 # A near-tie can fall either way: a batch rounds otherwise than a row.
                 if logits_V[token] < logits_V.max() - _TIE:

@@ -22,7 +22,7 @@ FOLDER = Path("experiments/trust")
 PARTS = ("inputs", "checker", "architectures", "faults")
 FIGURES = (
     *("faults_injected", "faults_survived", "inputs_tried", "input_failures", "architectures_passed", "architectures_refused"),
-    *("checker_pairs", "checker_disagreements", "mutants_killed_share"),
+    *("checker_pairs", "checker_disagreements"),
 )
 """What ``figures.json`` holds at least, null where a part has not been run."""
 
