@@ -14,6 +14,7 @@ from dynprune.evaluation.parts import AdapterPart, ExplorationPart, RouterPart
 from dynprune.evaluation.run_comparison import compare_runs
 from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure, write_parts
 
+UNENDED = "it left nothing to compare: it has not ended, or was killed"
 SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
 
 
@@ -164,11 +165,11 @@ def test_a_failed_run_says_why_in_every_file(tmp_path, monkeypatch):
     document = json.loads(written["comparison.json"].read_text())
     assert [(f["setting"], f["seed"], f["reason"]) for f in document["failed"]] == [
         ("method=orpo", "2", "router.k_max=99 is not possible"),
-        ("method=kto", "0", "it left nothing to compare: it has not ended, or was killed"),
+        ("method=kto", "0", UNENDED),
     ]
     assert "router.k_max=99 is not possible" in written["comparison.md"].read_text()
     lines = list(csv.DictReader(written["comparison.csv"].open()))
-    assert [line["failed"] for line in lines] == ["", "", "router.k_max=99 is not possible", "it left nothing to compare: it has not ended, or was killed"]
+    assert [line["failed"] for line in lines] == ["", "", "router.k_max=99 is not possible", UNENDED]
     assert float(lines[1]["ast_match"]) == 1.0
     assert render_comparison(comparison).renderables
 
