@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -63,6 +64,8 @@ def run(folder: Path) -> dict[str, Any]:
         ``architectures_not_built``.
     """
     warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     found = dict(results(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
     lines = [f"| {name} | {verdict} | {reason.replace('|', '/')} |" for name, (verdict, reason) in found.items()]
     text = "\n".join(["| architecture | verdict | reason |", "| --- | --- | --- |", *lines]) + "\n"
