@@ -284,6 +284,11 @@ def _others(root: Path, whole: Path, expected: dict[str, Any]) -> Iterator[tuple
     yield "worker dies", lambda: _worker_dies(root / "worker")
 
 
+def _ends_well(folder: Path, ended: Ended, expected: dict[str, Any]) -> None:
+    assert ended.code == 0, f"it ended with {ended.code}: {ended.sentence[-300:]}"
+    assert not (wrong := _difference(_content(folder), expected)), wrong
+
+
 def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
@@ -330,9 +335,7 @@ def _clock(folder: Path, hours: int, expected: dict[str, Any]) -> None:
         real, begin = time.time, time.monotonic()
         time.time = lambda: real() + 3600 * hours * (time.monotonic() - begin > 2)
 
-    ended = _finish(folder, before=jumping)
-    assert ended.code == 0, ended.sentence[-300:]
-    assert not (wrong := _difference(_content(folder), expected)), wrong
+    _ends_well(folder, _finish(folder, before=jumping), expected)
 
 
 def _stale_locks(folder: Path, whole: Path, expected: dict[str, Any]) -> None:
@@ -341,9 +344,7 @@ def _stale_locks(folder: Path, whole: Path, expected: dict[str, Any]) -> None:
         lock = folder / place.parent.relative_to(whole).with_suffix(".lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.write_text("99999999\n")
-    ended = _finish(folder)
-    assert ended.code == 0, ended.sentence[-300:]
-    assert not (wrong := _difference(_content(folder), expected)), wrong
+    _ends_well(folder, _finish(folder), expected)
 
 
 def _read_only(folder: Path, expected: dict[str, Any]) -> None:
@@ -355,9 +356,7 @@ def _read_only(folder: Path, expected: dict[str, Any]) -> None:
         assert "type paths.outputs=FOLDER" in ended.sentence, ended.sentence[-300:]
         assert "Traceback" not in ended.sentence, ended.sentence[-300:]
         disk("rw")
-        ended = _finish(folder)
-        assert ended.code == 0, ended.sentence[-300:]
-        assert not (wrong := _difference(_content(folder), expected)), wrong
+        _ends_well(folder, _finish(folder), expected)
 
 
 def _full(folder: Path, size: int, expected: dict[str, Any]) -> None:
@@ -367,9 +366,7 @@ def _full(folder: Path, size: int, expected: dict[str, Any]) -> None:
         assert os.strerror(errno.ENOSPC) in ended.sentence, ended.sentence[-300:]
         assert "once that is mended, the same command goes on" in ended.sentence, ended.sentence[-300:]
         disk(f"size={64 << 20}")
-        ended = _finish(folder)
-        assert ended.code == 0, ended.sentence[-300:]
-        assert not (wrong := _difference(_content(folder), expected)), wrong
+        _ends_well(folder, _finish(folder), expected)
 
 
 @contextlib.contextmanager

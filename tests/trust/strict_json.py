@@ -5,6 +5,7 @@ Stricter where the project is: a key twice in one object is an error, and so is 
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -87,39 +88,40 @@ def _string(text: str, at: int) -> tuple[str, int]:
 
 def _array(text: str, at: int, levels: int) -> tuple[list[Any], int]:
     items: list[Any] = []
-    at = _skip(text, at)
-    if text[at : at + 1] == "]":
-        return items, at + 1
-    while True:
-        item, at = _value(text, _skip(text, at), levels)
+
+    def one(at: int) -> int:
+        item, at = _value(text, at, levels)
         items.append(item)
-        at = _skip(text, at)
-        if text[at : at + 1] == "]":
-            return items, at + 1
-        if text[at : at + 1] != ",":
-            raise Malformed
-        at += 1
+        return at
+
+    return items, _listed(text, at, "]", one)
 
 
 def _object(text: str, at: int, levels: int) -> tuple[dict[str, Any], int]:
     items: dict[str, Any] = {}
-    at = _skip(text, at)
-    if text[at : at + 1] == "}":
-        return items, at + 1
-    while True:
-        at = _skip(text, at)
+
+    def one(at: int) -> int:
         if text[at : at + 1] != '"':
             raise Malformed
         key, at = _string(text, at + 1)
-        if key in items:
-            raise Malformed
         at = _skip(text, at)
-        if text[at : at + 1] != ":":
+        if key in items or text[at : at + 1] != ":":
             raise Malformed
         items[key], at = _value(text, _skip(text, at + 1), levels)
-        at = _skip(text, at)
-        if text[at : at + 1] == "}":
-            return items, at + 1
+        return at
+
+    return items, _listed(text, at, "}", one)
+
+
+def _listed(text: str, at: int, closing: str, one: Callable[[int], int]) -> int:
+    """Reads what stands between commas up to a bracket, each by a function from its place to its end; gives the end."""
+    at = _skip(text, at)
+    if text[at : at + 1] == closing:
+        return at + 1
+    while True:
+        at = _skip(text, one(_skip(text, at)))
+        if text[at : at + 1] == closing:
+            return at + 1
         if text[at : at + 1] != ",":
             raise Malformed
         at += 1
