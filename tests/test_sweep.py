@@ -39,6 +39,15 @@ def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(sw
     assert {m["config"]["method"]["name"] for m in manifests(folder, "router")} == {"dpo", "orpo"}
 
 
+def test_routers_with_other_seeds_learn_from_the_same_adapters_and_rollouts(swept):
+    folder, _, _ = swept
+    before = [manifests(folder, stage) for stage in ("adapters", "explore")]
+    routers = len(manifests(folder, "router"))
+    run_tiny(folder, "seed", "stage=router", "seed=7")
+    assert [manifests(folder, stage) for stage in ("adapters", "explore")] == before
+    assert len(manifests(folder, "router")) == routers + 1
+
+
 @pytest.mark.slow
 def test_a_sweep_that_was_cut_off_is_finished_without_doing_anything_twice(swept):
     folder, sweep, result = swept

@@ -132,7 +132,7 @@ def _fitted(run: Run) -> Artifact:
     settings = run.config.adapter
     source = _answers(run)
     ready = None if settings.folder is None else adapters_folder(settings.folder)
-    own = {key: value for key, value in plain(settings).items() if key not in ("context", "draw")}
+    own = {key: value for key, value in plain(settings).items() if key not in ("context", "draw", "seed")}
     if settings.last_target == "output":
         # Adapters made before there was a choice are these.
         del own["last_target"]
@@ -141,14 +141,14 @@ def _fitted(run: Run) -> Artifact:
         "adapter": own,
         "folder": None if ready is None else content_digest(str(ready), ADAPTER_FILES),
         "precision": run.config.hardware.trainer.precision,
-        "seed": run.config.seed,
+        "seed": run.config.adapter.seed,
     }
 
     def build(folder: Path) -> dict[str, Any]:
         training, validation = _split(run, source)
         # Loading the SLM draws from the generators, and is done by now where its answers had to be generated.
         slm = run.slm
-        lightning.seed_everything(run.config.seed, workers=True)
+        lightning.seed_everything(run.config.adapter.seed, workers=True)
         stack = (
             load_adapters(ready)
             if ready is not None
@@ -160,7 +160,7 @@ def _fitted(run: Run) -> Artifact:
             log.warning("adapter.folder=%s holds adapters of %s, but the SLM is %s", settings.folder, other, slm.name)
         # Drawn on the CPU, whatever the device, and then fitted where the states are.
         stack.to(slm.device)
-        data = StreamData(_states(run, training, stack, run.config.seed), [_states(run, validation, stack, None)])
+        data = StreamData(_states(run, training, stack, run.config.adapter.seed), [_states(run, validation, stack, None)])
         module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
         trainer = run.trainer(
             "adapters", folder, [ModelCheckpoint(folder / "checkpoints", save_last=True)], max_epochs=settings.epochs
@@ -194,18 +194,18 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
         "context": plain(settings),
         "draw": plain(run.config.adapter.draw),
         "validation_share": run.config.adapter.validation_share,
-        "seed": run.config.seed,
+        "seed": run.config.adapter.seed,
     }
 
     def build(folder: Path) -> dict[str, Any]:
         training, validation = _split(run, source)
         stack = load_adapters(fitted.folder).to(run.slm.device).train().requires_grad_(True)
         draw = drawing(run, fitted)
-        lightning.seed_everything(run.config.seed, workers=True)
+        lightning.seed_everything(run.config.adapter.seed, workers=True)
         data = StreamData(
-            ContextStream(training, draw, settings.micro_batch_size, run.config.seed),
+            ContextStream(training, draw, settings.micro_batch_size, run.config.adapter.seed),
             # Several configurations of each sample: one alone would choose the checkpoint by luck.
-            [ContextStream(validation * _HELD_OUT_DRAWS, draw, settings.micro_batch_size, run.config.seed)],
+            [ContextStream(validation * _HELD_OUT_DRAWS, draw, settings.micro_batch_size, run.config.adapter.seed)],
         )
         best = ModelCheckpoint(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1, save_last=True)
         trainer = run.trainer(
@@ -292,13 +292,13 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
         "model": run.model_identity,
         "probe_samples": count,
         "validation_share": run.config.adapter.validation_share,
-        "seed": run.config.seed,
+        "seed": run.config.adapter.seed,
     }
     upstream = {**upstream_of(stand_ins), "answers": source.fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
         samples, _ = _split(run, source)
-        probes = random.Random(run.config.seed).sample(samples, min(count, len(samples)))
+        probes = random.Random(run.config.adapter.seed).sample(samples, min(count, len(samples)))
         configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
         nats, tokens = [0.0] * len(configurations), 0
         batches = len(similar_samples(run.slm, probes))
@@ -339,7 +339,7 @@ def _answers(run: Run) -> Artifact:
     """Prompts and answers of the queries that the SLM answers right, as it answers them."""
     settings = run.config.adapter
     pool = [query for split in settings.splits for query in run.splits[split]]
-    queries = random.Random(run.config.seed).sample(pool, min(settings.max_samples, len(pool)))
+    queries = random.Random(run.config.adapter.seed).sample(pool, min(settings.max_samples, len(pool)))
     config = {
         "model": run.model_identity,
         "correct_by": settings.correct_by,

@@ -169,7 +169,7 @@ def _identity(run: Run, queries: Sequence[Query]) -> tuple[dict[str, Any], Mappi
         "score": settings.score,
         "max_tokens_margin": settings.max_tokens_margin,
         "estimate_all": settings.estimate_all,
-        "seed": run.config.seed,
+        "seed": settings.seed,
     }
     return config, digest(queries), upstream_of(adapters(run))
 
@@ -258,7 +258,7 @@ def _explored(
             settings.max_tokens_margin,
             run.config.hardware.batch_size,
             shared_bytes,
-            run.config.seed,
+            settings.seed,
             settings.estimate_all,
             earlier,
         )

@@ -105,13 +105,11 @@ def run() -> dict[str, Any]:
                 found.survived["kill"] += 0 if wrong else kills
                 found.struck += struck
                 found.failures += [f"{folder.name}: {wrong}"] * bool(wrong)
-        for kind, trial in _others(root, whole, expected):
-            found.injected[kind] += 1
-            try:
-                trial()
-                found.survived[kind] += 1
-            except AssertionError as error:
-                found.failures.append(f"{kind}: {error}")
+            others = len(list(_others(root, whole, expected)))
+            for kind, wrong in pool.map(partial(_tried, root, whole, expected), range(others)):
+                found.injected[kind] += 1
+                found.survived[kind] += not wrong
+                found.failures += [f"{kind}: {wrong}"] * bool(wrong)
     return {
         "faults_injected": found.injected.total(),
         "faults_survived": found.survived.total(),
@@ -282,6 +280,16 @@ def _others(root: Path, whole: Path, expected: dict[str, Any]) -> Iterator[tuple
     for size in (256 << 10, 512 << 10, 1 << 20):
         yield "disk full", lambda size=size: _full(root / f"full-{size}", size, expected)
     yield "worker dies", lambda: _worker_dies(root / "worker")
+
+
+def _tried(root: Path, whole: Path, expected: dict[str, Any], number: int) -> tuple[str, str]:
+    """One of the other trials, by its place among them: the kind of its fault, and what is wrong, if anything."""
+    kind, trial = list(_others(root, whole, expected))[number]
+    try:
+        trial()
+    except Exception as error:
+        return kind, f"{type(error).__name__}: {error}"[:500]
+    return kind, ""
 
 
 def _ends_well(folder: Path, ended: Ended, expected: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from dynprune.evaluation.cells import listed
 from dynprune.evaluation.machine import describe_machine
 
 FOLDER = Path("experiments/trust")
-PARTS = ("inputs", "checker", "architectures", "faults")
+PARTS = ("inputs", "checker", "architectures", "greedy", "determinism", "dependencies", "faults", "mutants")
 FIGURES = (
     *("faults_injected", "faults_survived", "inputs_tried", "input_failures", "architectures_passed", "architectures_refused"),
-    *("checker_pairs", "checker_disagreements"),
+    *("checker_pairs", "checker_disagreements", "mutants_killed_share"),
 )
 """What ``figures.json`` holds at least, null where a part has not been run."""
 

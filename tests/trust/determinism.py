@@ -1,0 +1,65 @@
+"""The whole pipeline twice with one seed, and once with another number of threads.
+
+The runs are processes of their own in folders of their own. Two runs alike must leave the same files, byte for byte, in every
+artifact; clocks alone may differ: what manifests say of when and how long, and the timing of the table. With two threads
+instead of one the rollouts must be the same, byte for byte.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+_RUN = ("experiment=tiny", "exploration.estimate_all=true", "pairs=all", "method=dpo", "hydra.run.dir=outputs/run")
+# Of a manifest, what tells the time, or where it was made.
+_CLOCKS = ("attempts", "wall_clock_s", "created")
+_TIMING = "latency"
+
+
+def run() -> dict[str, Any]:
+    """Runs all three.
+
+    Returns:
+        The figures of the report.
+    """
+    with tempfile.TemporaryDirectory(prefix="dynprune-determinism-") as scratch:
+        one, again, threads = (
+            _artifacts(Path(scratch) / name, number) for name, number in (("one", 1), ("again", 1), ("threads", 2))
+        )
+    different = sorted(name for name in one.keys() | again.keys() if one.get(name) != again.get(name))
+    rollouts = [name for name in one if name.startswith("explore/") and name.endswith(".parquet")]
+    assert rollouts, "nothing was explored"
+    return {
+        "deterministic_files": len(one),
+        "deterministic_files_by_stage": dict(sorted(Counter(name.partition("/")[0] for name in one).items())),
+        "different_files": different,
+        "rollout_files": len(rollouts),
+        "rollout_files_changed_by_threads": sorted(name for name in rollouts if one[name] != threads.get(name)),
+    }
+
+
+def _artifacts(folder: Path, threads: int) -> dict[str, bytes]:
+    """The content of all files that a run leaves in its artifacts, by their paths."""
+    folder.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "dynprune", *_RUN],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    root = folder / "outputs/artifacts"
+    content = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if not path.is_file() or name.startswith(f"{_TIMING}/"):
+            continue
+        content[name] = path.read_bytes()
+        if path.name == "manifest.json":
+            manifest = json.loads(content[name])
+            content[name] = json.dumps({key: value for key, value in manifest.items() if key not in _CLOCKS}).encode()
+    return content
