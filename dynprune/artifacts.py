@@ -104,13 +104,15 @@ class Store:
         root: The folder; it is created with the first artifact.
         rank: This process's rank in a distributed run, 0 where there is none.
         uses: A file that notes, a line each, the artifacts that a run has asked for; ``None`` for none.
-        plugins: Hashes of code that is not this package's, by module: a part of the configuration of every artifact.
+        plugins: Hashes of code that is not this package's, by module: a part of the configuration of what it concerns.
+        concerned: Whether that code may change what is made from a configuration.
     """
 
     root: Path
     rank: int = 0
     uses: Path | None = None
     plugins: Mapping[str, str] = field(default_factory=dict)
+    concerned: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
 
     def get_or_build(
         self,
@@ -223,7 +225,7 @@ class Store:
 
     def _whole(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """A stage's configuration with what belongs to every stage's."""
-        return {**config, "plugins": dict(self.plugins)} if self.plugins else config
+        return {**config, "plugins": dict(self.plugins)} if self.plugins and self.concerned(config) else config
 
     def _place(
         self, stage: str, version: int, config: Mapping[str, Any], data: Mapping[str, Any], upstream: Mapping[str, str]

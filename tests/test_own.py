@@ -19,7 +19,7 @@ from dynprune import plugins
 from dynprune.data.tasks import Query
 from dynprune.exploration.strategy import Estimate, Generate
 from dynprune.metrics.scores import SCORES
-from dynprune.plugins import import_plugins
+from dynprune.plugins import concerned, import_plugins
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import POLICIES
 from dynprune.router.ratio import NormalRatio
@@ -109,6 +109,9 @@ def test_a_method_of_ones_own_has_its_equation(folder):
     assert hinge.preference_terms(module, None, None).loss_B.tolist() == [1.0, 0.0]
     run_own(folder, "method", "plugins=[hinge]", "method=hinge", "stage=router", "exploration.max_queries=2")
     assert "hinge" in {m["config"]["method"]["name"] for m in manifests(folder, "router")}
+    # It has no part in the rollouts that it learns from.
+    assert any("hinge" in m["config"].get("plugins", {}) for m in manifests(folder, "router"))
+    assert not any("hinge" in m["config"].get("plugins", {}) for m in manifests(folder, "explore"))
 
 
 def test_data_of_ones_own_is_split_by_its_functions(folder):
@@ -117,6 +120,23 @@ def test_data_of_ones_own_is_split_by_its_functions(folder):
     assert len(queries) == 6
     assert all(SCORES["ast_match"](json.dumps(query.answers), query) == 1 for query in queries)
     assert not math.isnan(SCORES["partial_match"]("", queries[0]))
+
+
+def test_a_plugin_concerns_what_names_it_and_everything_where_nobody_knows_what_it_does(folder):
+    for name in ("hinge", "independent", "short_answer"):
+        importlib.import_module(name)
+    method = {"method": {"_target_": "hinge.Hinge", "margin": 2.0}}
+    search = {"exploration": [{"_target_": "dynprune.exploration.dfs.DepthFirstSearch"}], "plugins": ["hinge"]}
+    policy = {"router": {"policy": "independent"}}
+    of = concerned(["hinge"], {**method, **search})
+    assert (of(method), of(search)) == (True, False)
+    of = concerned(["independent", "hinge"], {**method, **search, **policy})
+    assert (of(method), of(search), of(policy)) == (True, False, True)
+    # Of a name that only begins alike it is no part.
+    assert not concerned(["hinge"], method)({"_target_": "hinges.Door"})
+    assert concerned(["short_answer"], {"score": "short_answer"})(search)
+    assert concerned(["hinge", "changes_something"], method)(search)
+    assert not concerned([], method)(method)
 
 
 def test_what_ones_own_file_holds_belongs_to_the_fingerprint(folder):

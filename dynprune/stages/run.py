@@ -22,7 +22,7 @@ from dynprune.artifacts import USES, Store
 from dynprune.data.prompts import answer_tokens, prompt_tokens
 from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
-from dynprune.plugins import import_plugins
+from dynprune.plugins import concerned, import_plugins
 from dynprune.slm.adaptation import DELTA_FILES, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
 from dynprune.stages.progress import TrainingBar
@@ -58,7 +58,9 @@ class Run:
         self.config = config = _without_dropped(config)
         self.folder = Path(config.paths.run)
         plugins = import_plugins(config.plugins)
-        self.store = Store(Path(config.paths.artifacts), getattr(rank_zero_only, "rank", 0), self.folder / USES, plugins)
+        rank = getattr(rank_zero_only, "rank", 0)
+        concerns = concerned(list(plugins), plain(config))
+        self.store = Store(Path(config.paths.artifacts), rank, self.folder / USES, plugins, concerns)
         self.made: dict[tuple[str, ...], Any] = {}
 
     def with_changes(self, config: DictConfig) -> "Run":
