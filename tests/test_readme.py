@@ -1,4 +1,4 @@
-"""The README's commands: each composes here, and those that compute run in full on the tiny model in the slow tests."""
+"""The commands of README and tour: each composes here, and those that compute run in full on the tiny model in the slow tests."""
 
 import json
 import re
@@ -14,8 +14,16 @@ from dynprune.paths import conf_dir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-DYNPRUNE = [line for line in LINES if line.startswith("dynprune ")]
+TOUR = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+
+
+LINES = commands(README)
+# A method of one's own is run by the tests of its page.
+DYNPRUNE = [line for line in dict.fromkeys(LINES + commands(TOUR)) if line.startswith("dynprune ") and "plugins=" not in line]
 TINY = [
     "experiment=tiny",
     "method.epochs=1",
