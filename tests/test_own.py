@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import dynprune, manifests, run_tiny
+from tiny import dynprune, manifests, run_tiny, table_of
 
 from dynprune import plugins
 from dynprune.data.tasks import Query
@@ -27,6 +27,7 @@ from dynprune.slm.loading import load_tiny
 
 OWN = Path(__file__).parents[1] / "docs/own"
 COMMANDS = re.findall(r"\| `(dynprune [^`]+)` \|", (OWN / "README.md").read_text(encoding="utf-8"))
+TOUR = re.findall(r"^dynprune .*plugins=.*", (OWN.parent / "tour.md").read_text(encoding="utf-8"), re.MULTILINE)
 MODULES = sorted(path.stem for path in OWN.glob("*.py"))
 
 
@@ -188,6 +189,15 @@ def test_a_module_that_is_not_there_is_named(tmp_path, monkeypatch):
 def test_the_page_has_a_command_for_each():
     assert len(COMMANDS) == 6
     assert {module for module in MODULES if not any(module in command for command in COMMANDS)} == set()
+
+
+@pytest.mark.slow
+def test_the_command_of_the_tour_gives_a_method_of_ones_own_its_row(tmp_path):
+    [command] = TOUR
+    shutil.copytree(OWN, tmp_path / "docs/own")
+    words = [word for word in shlex.split(command)[1:] if word != "experiment=quickstart"]
+    dynprune(tmp_path / "docs/own", *words, "experiment=tiny", "evaluation.max_queries=4")
+    assert "router-hinge" in table_of(tmp_path, "hinge")
 
 
 @pytest.mark.slow

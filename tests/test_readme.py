@@ -1,4 +1,4 @@
-"""The commands of README and tour: each composes here, and those that compute run in full on the tiny model in the slow tests."""
+"""The commands of README and tour: each composes here, and those that compute run on the tiny model in the slow tests."""
 
 import json
 import re
