@@ -41,10 +41,10 @@ def check_above(key: str, value: float, least: float, example: float) -> None:
 class RouterTraining(lightning.LightningModule):
     """A router in training.
 
-    A batch holds ``inputs`` (embeddings of the queries, or their tokens where the encoder is trained) and what the stream's
-    items hold, stacked: ``mask_BL``, ``score_B``, ``desirable_B``, ``mean_score_B`` and ``mean_pruned_B`` (`RolloutStream`), or
-    ``winner_mask_BL``, ``loser_mask_BL``, ``winner_score_B`` and ``loser_score_B`` (`PairStream`). Masks are True where a layer
-    is pruned.
+    A batch holds ``ids`` of the queries, ``inputs`` (embeddings of them, or their tokens where the encoder is trained) and what
+    the stream's items hold, stacked: ``mask_BL``, ``score_B``, ``desirable_B``, ``mean_score_B`` and ``mean_pruned_B``
+    (`RolloutStream`), or ``winner_mask_BL``, ``loser_mask_BL``, ``winner_score_B`` and ``loser_score_B`` (`PairStream`).
+    Masks are True where a layer is pruned.
 
     Attributes:
         learns_from: What the method trains on: preference ``pairs``; ``successes``, the rollouts that pass the filter of

@@ -311,7 +311,8 @@ def _prunable_layers(run: Run) -> list[int] | None:
 def _collate(inputs: RouterInputs) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         columns = {key: [item[key] for item in items] for key in items[0]}
-        batch: dict[str, Any] = {"inputs": inputs(columns.pop("id"))}
+        ids = columns.pop("id")
+        batch: dict[str, Any] = {"ids": ids, "inputs": inputs(ids)}
         for key, values in columns.items():
             if key.endswith("_L"):
                 batch[key.replace("_L", "_BL")] = torch.stack(values)

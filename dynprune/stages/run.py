@@ -25,6 +25,7 @@ from dynprune.data.tasks import Query
 from dynprune.plugins import concerned, import_plugins
 from dynprune.slm.adaptation import DELTA_FILES, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
+from dynprune.stages.finite_loss import FiniteLoss
 from dynprune.stages.progress import TrainingBar
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class Run:
         Args:
             name: What is trained, for the loggers.
             folder: Where checkpoints go by default.
-            callbacks: Callbacks beside the progress bar.
+            callbacks: Callbacks beside the progress bar and the one that ends a training whose loss is no number.
             loggers: Loggers beside those of the run's configuration.
             changes: Arguments of the trainer that are the stage's own.
         """
@@ -177,7 +178,7 @@ class Run:
         return lightning.Trainer(
             default_root_dir=folder,
             logger=[*configured, *loggers] or False,
-            callbacks=[TrainingBar(), *callbacks],
+            callbacks=[TrainingBar(), FiniteLoss(name), *callbacks],
             enable_model_summary=False,
             # The streams draw a new order for each epoch when their loader is made.
             reload_dataloaders_every_n_epochs=1,

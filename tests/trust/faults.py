@@ -316,15 +316,18 @@ def _damaged(folder: Path, whole: Path, relative: Path, damage: Callable[[Path],
     damage(folder / relative)
     (folder / "log.txt").unlink()
     ended = _finish(folder)
+    place = Path(*relative.parts[:4])
     if ended.code == 3:
-        assert str(relative.name) in ended.sentence, f"{relative}: it says {ended.sentence[:200]}"
+        assert str(place) in ended.sentence, f"{relative}: it says {ended.sentence[:200]}"
         assert "rm -r" in ended.sentence, f"{relative}: it says {ended.sentence[:200]}"
-        shutil.rmtree(folder / Path(*relative.parts[:4]))
+        shutil.rmtree(folder / place)
         ended = _finish(folder)
-    elif relative.name != "manifest.json":
-        _, _, stage, name, *_ = relative.parts
+    else:
+        # It was not looked at, or made anew.
         said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-        assert f"reusing {stage} {name}" not in said, f"{relative}: it was used as it is"
+        name = f"{place.parent.name} {place.name}"
+        read = relative.name != "manifest.json" or damage is Path.unlink
+        assert not read or f"made {name}" in said or f"reusing {name}" not in said, f"{relative}: it was used as it is"
         shutil.copy(whole / relative, folder / relative)
     assert ended.code == 0, f"{relative}: it ended with {ended.code}: {ended.sentence[-300:]}"
     assert not (wrong := _difference(_content(folder), expected)), f"{relative}: {wrong}"

@@ -1,0 +1,52 @@
+"""Ends a training whose loss is no number any more: what follows would be lost, and would look like a result."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+_SHOWN = 8
+
+
+class FiniteLoss(Callback):
+    """Refuses a loss that is NaN or infinite before its gradient reaches the weights."""
+
+    def __init__(self, name: str) -> None:
+        """Names the training.
+
+        Args:
+            name: What is trained.
+        """
+        self._name = name
+        self._batch: Any = None
+        self._number = 0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the batch, to name what is in it."""
+        self._batch, self._number = batch, batch_idx
+
+    def on_before_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: torch.Tensor) -> None:
+        """Looks at the loss.
+
+        Raises:
+            ValueError: If it is NaN or infinite; says at which step, on which queries, and where the last good weights are.
+        """
+        if torch.isfinite(loss):
+            return
+        ids = list(dict.fromkeys(self._batch.get("ids", ()))) if isinstance(self._batch, Mapping) else []
+        queries = f", of the queries {', '.join(ids[:_SHOWN])}{', …' * (len(ids) > _SHOWN)}" if ids else ""
+        kept = [path for callback in trainer.checkpoint_callbacks if (path := _newest(callback))]
+        raise ValueError(
+            f"{self._name}: the loss is {loss.item()} at step {trainer.global_step} (batch {self._number} of epoch "
+            f"{trainer.current_epoch}{queries}); "
+            + (f"the last good weights are in {kept[0]}" if kept else "no epoch has ended, so no weights were kept")
+            + "; a smaller learning rate is what helps most often"
+        )
+
+
+def _newest(callback: Checkpoint) -> str:
+    return getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
