@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from safetensors.torch import load_file
-from tiny import dynprune, manifests, run_tiny, samples_of, table_of
+from tiny import composed, dynprune, manifests, run_tiny, samples_of, table_of
 
 from dynprune.adapters.checkpoint import load_adapters
 from dynprune.data.pairs import read_pairs
@@ -363,8 +363,6 @@ def test_help_says_the_groups_and_commands_without_loading_torch(tmp_path):
 
 
 def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_adapt(tmp_path, monkeypatch):
-    from omegaconf import OmegaConf
-
     from dynprune.data.bfcl import load_bfcl
     from dynprune.stages.run import Run
 
@@ -374,15 +372,9 @@ def test_queries_that_the_delta_was_trained_on_are_left_out_of_every_split_but_a
     (tmp_path / "delta").mkdir()
     (tmp_path / "delta/adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "delta/functions.json").write_text(json.dumps(trained))
-    data = {
-        "source": {"_target_": "dynprune.data.bfcl.load_bfcl", "categories": ["simple_python"], "max_chars": 500},
-        "splits": {"adapt": 0.4, "train": 0.2, "validation": 0.1, "test": 0.3},
-        "split_seed": 0,
-        "only": {"categories": None, "max_chars": None},
-    }
-    config = {"data": data, "paths": {"run": "run", "artifacts": "artifacts"}, "model": {"delta": None}, "plugins": []}
-    whole = Run(OmegaConf.create(config)).splits
-    clean = Run(OmegaConf.create({**config, "model": {"delta": "delta"}})).splits
+    typed = ("data=bfcl", "data.source.categories=[simple_python]", "data.source.max_chars=500", "paths.run=run")
+    whole = Run(composed(*typed, "model=smollm2_135m", "model.delta=null")).splits
+    clean = Run(composed(*typed, "model=smollm2_135m", "model.delta=delta")).splits
     assert clean["adapt"] == whole["adapt"]
     for name in ("train", "validation", "test"):
         assert [q for q in whole[name] if not q.functions & set(trained)] == clean[name]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -37,6 +38,8 @@ _NAMED = (
     "evaluation.adapter_ablation.adapters",
     "evaluation.lossless",
 )
+# Whole numbers, and the smallest that makes sense.
+_LEAST = {"seed": 0, "adapter.seed": 0, "exploration.seed": 0, "adapter.max_samples": 1, "evaluation.latency.queries": 0}
 _MIXED_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -57,6 +60,8 @@ class Run:
             config: The composed configuration.
         """
         self.config = config = _without_dropped(config)
+        _check_numbers(config)
+        _check_device(config.hardware.device)
         self.folder = Path(config.paths.run)
         plugins = import_plugins(config.plugins)
         rank = getattr(rank_zero_only, "rank", 0)
@@ -174,6 +179,8 @@ class Run:
             if own is not None
         ]
         hardware = instantiate(self.config.hardware.trainer, _convert_="all")
+        if hardware["accelerator"] == "gpu" and not torch.cuda.is_available():
+            raise ValueError("hardware.trainer.accelerator=gpu needs a GPU, and torch sees none here; type hardware=cpu")
         arguments = {**hardware, "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
             default_root_dir=folder,
@@ -185,6 +192,34 @@ class Run:
             log_every_n_steps=1,
             **arguments,
         )
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Refuses whole numbers that are none, or too small, before anything is computed.
+
+    Raises:
+        ValueError: Names the first of them.
+    """
+    methods = ["method", *(f"evaluation.routers.{name}" for name in config.evaluation.routers)]
+    least = _LEAST | {f"{method}.{key}": 1 for method in methods for key in ("epochs", "batch_size")}
+    for key, smallest in least.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and (not isinstance(value, int) or value < smallest):
+            raise ValueError(f"{key}={value} is not allowed; allowed: whole numbers from {smallest} on")
+
+
+def _check_device(device: str) -> None:
+    """Checks that there is such a device here.
+
+    Raises:
+        ValueError: If torch knows no such device, or it is a GPU that torch does not see.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"hardware.device={device} is unknown; allowed: cpu, cuda, or cuda:1 for the second GPU") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"hardware.device={device} needs a GPU, and torch sees none here; type hardware=cpu")
 
 
 def _without_dropped(config: DictConfig) -> DictConfig:
