@@ -78,8 +78,10 @@ def test_there_must_be_runs_to_compare(swept, typed, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_launchers_run_the_jobs_beside_each_other_and_end_with_the_same_comparison(swept, tmp_path, launcher):
+    if launcher == "ray":
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed")
     _, sweep, _ = swept
     dynprune(tmp_path, *SWEEP, "router.k_max=2,99", f"hydra/launcher={launcher}", check=False)
     [other] = (tmp_path / "outputs/multiruns").iterdir()
