@@ -1,12 +1,13 @@
 """The whole pipeline twice with one seed, and once with another number of threads.
 
-The runs are processes of their own in folders of their own. Two runs alike must leave the same files, byte for byte, in every
-artifact; clocks alone may differ: what manifests say of when and how long, and the timing of the table. With two threads
-instead of one the rollouts must be the same, byte for byte.
+The runs are processes of their own, one after another in an empty folder of the same name, which checkpoints mention. Two runs
+alike must leave the same files, byte for byte, in every artifact; what is measured alone may differ: what manifests say of time
+and memory, and the timing of the table. With two threads instead of one the rollouts must be the same, byte for byte.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _RUN = ("experiment=tiny", "exploration.estimate_all=true", "pairs=all", "method=dpo", "hydra.run.dir=outputs/run")
-# Of a manifest, what tells the time, or where it was made.
-_CLOCKS = ("attempts", "wall_clock_s", "created")
+_MEASURED = ("attempts", "wall_clock_s", "created", "peak_memory_mib")
 _TIMING = "latency"
 
 
@@ -27,9 +27,7 @@ def run() -> dict[str, Any]:
         The figures of the report.
     """
     with tempfile.TemporaryDirectory(prefix="dynprune-determinism-") as scratch:
-        one, again, threads = (
-            _artifacts(Path(scratch) / name, number) for name, number in (("one", 1), ("again", 1), ("threads", 2))
-        )
+        one, again, threads = (_artifacts(Path(scratch) / "work", number) for number in (1, 1, 2))
     different = sorted(name for name in one.keys() | again.keys() if one.get(name) != again.get(name))
     rollouts = [name for name in one if name.startswith("explore/") and name.endswith(".parquet")]
     assert rollouts, "nothing was explored"
@@ -61,5 +59,6 @@ def _artifacts(folder: Path, threads: int) -> dict[str, bytes]:
         content[name] = path.read_bytes()
         if path.name == "manifest.json":
             manifest = json.loads(content[name])
-            content[name] = json.dumps({key: value for key, value in manifest.items() if key not in _CLOCKS}).encode()
+            content[name] = json.dumps({key: value for key, value in manifest.items() if key not in _MEASURED}).encode()
+    shutil.rmtree(folder)
     return content
