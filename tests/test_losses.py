@@ -328,6 +328,8 @@ def test_orpo_thesis_readme_is_the_pairwise_term_and_the_winners_log_probability
     chosen, rejected = logp_w.double().numpy(), logp_l.double().numpy()
     expected = -np.log(expit(0.5 * (chosen - rejected))) - chosen
     np.testing.assert_allclose(terms.loss_B, expected, rtol=1e-5)
+    np.testing.assert_allclose(terms.chosen_reward_B, 0.5 * chosen, rtol=1e-5)
+    np.testing.assert_allclose(terms.rejected_reward_B, 0.5 * rejected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["paper", "thesis_code", "thesis_readme"])

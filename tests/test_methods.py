@@ -216,6 +216,11 @@ def test_calibration_is_logged_where_a_method_predicts_probabilities(method, mon
         ("fbc", {"balance": "focal", "objective": "likelihood"}, r"balance=focal .*objective=heads"),
         ("fbc", {"balance_beta": 1.0}, r"method\.module\.balance_beta=1\.0.*below 1"),
         ("fbc", {"balance_gamma": -1.0}, r"method\.module\.balance_gamma=-1\.0.*at least 0"),
+        ("fbc", {"ratio_target": "end"}, r"method\.module\.ratio_target='end'.*middle, edge"),
+        ("orpo", {"variant": "code"}, r"method\.module\.variant='code'.*paper, thesis_code, thesis_readme"),
+        ("dpo", {"beta": 0.0}, r"method\.module\.beta=0\.0.*above 0, for example 0\.1$"),
+        ("kto", {"desirable_weight": 0.0}, r"method\.module\.desirable_weight=0\.0.*above 0, for example 1$"),
+        ("kto", {"undesirable_weight": 0.0}, r"method\.module\.undesirable_weight=0\.0.*above 0, for example 1$"),
         ("ipo", {"tau": 0.0}, r"method\.module\.tau=0\.0.*above 0"),
         ("awr", {"beta": 0.0}, r"method\.module\.beta=0\.0.*above 0"),
     ],
@@ -223,6 +228,34 @@ def test_calibration_is_logged_where_a_method_predicts_probabilities(method, mon
 def test_a_wrong_setting_is_refused_by_its_key(method, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         training(method, **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("fbc", {"ratio_target": "edge"}), ("orpo", {"variant": "thesis_code"}), ("orpo", {"variant": "thesis_readme"})],
+)
+def test_every_setting_that_is_allowed_gives_a_loss_of_its_own(method, changes):
+    losses = []
+    for module in (training(method), training(method, **changes)):
+        batch = learnt_from(module, pairs(module))
+        losses.append(module.training_loss(module.outputs(batch), batch)[0].item())
+    assert losses[0] != losses[1]
+
+
+def test_the_focal_factor_counts_where_it_is_asked_for_alone():
+    def loss(**changes) -> float:
+        module = training("fbc", **changes)
+        batch = learnt_from(module, pairs(module))
+        return module.training_loss(module.outputs(batch), batch)[0].item()
+
+    assert loss(balance_gamma=2.0) == loss(balance_gamma=5.0)
+    assert loss(balance="focal", balance_gamma=2.0) != loss(balance="focal", balance_gamma=5.0)
+    assert loss(balance="focal", balance_gamma=0.0) == pytest.approx(loss())
+
+
+def test_the_spread_of_a_normal_ratio_is_trained_where_the_equation_has_it_alone():
+    assert not training("fbc").router.ratio_log_std.weight.requires_grad
+    assert training("fbc", objective="likelihood").router.ratio_log_std.weight.requires_grad
 
 
 def test_value_regression_refuses_a_policy_that_does_not_search_the_reward():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynprune.data.tasks import Query
-from dynprune.metrics.scores import SCORES, MeanScore, get_score, mean_scores
+from dynprune.metrics.scores import SCORES, MeanScore, get_score, mean_scores, perfect_score
 
 SCHEMAS = {
     "s": {"type": "string"},
@@ -93,7 +93,7 @@ def test_a_hundred_thousand_levels_score_as_malformed(opening, closing):
 @pytest.mark.parametrize("asked", QUERIES, ids=lambda asked: str(len(asked.answers)))
 def test_the_reference_answer_has_the_highest_score_and_nonsense_the_lowest(name, asked):
     low, high = bounds(name)
-    assert get_score(name, "key")(json.dumps(list(asked.answers)), asked) == high
+    assert get_score(name, "key")(json.dumps(list(asked.answers)), asked) == high == perfect_score(name)
     assert get_score(name, "key")("nonsense", asked) == low
 
 

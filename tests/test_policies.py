@@ -434,7 +434,7 @@ def test_a_policy_with_one_layer_either_prunes_it_or_does_not(policy_class: type
 
 @pytest.mark.parametrize("layers", [[], [0, 8], [-1, 2], [3, 3]])
 def test_wrong_prunable_layers_are_refused_by_their_key(layers: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"router\.prunable_layers.*allowed"):
+    with pytest.raises(ValueError, match=r"router\.prunable_layers.*allowed: .*\b0\.\.7"):
         ConditionalBernoulliPolicy(8, prunable_layers=layers)
 
 

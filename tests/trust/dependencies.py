@@ -48,7 +48,9 @@ def run(folder: Path) -> dict[str, Any]:
     return {
         "dependencies_locked": len(audited),
         "dependencies_audited": len(known),
-        "vulnerabilities": [f"{one['name']} {one['version']}: {bug['id']}" for one in known for bug in one["vulns"]],
+        "vulnerabilities": [f"{one['name']} {one['version']}: {bug['id']}" for one in known for bug in one["vulns"]]
+        if known
+        else "not known: the package index that was asked has no advisories",
         "licences": len(set(named.values())),
         "copyleft": [f"{name} ({licence})" for name, licence in named.items() if any(word in licence for word in _COPYLEFT)],
         "without_licence": [name for name, licence in named.items() if licence == "UNKNOWN"],
