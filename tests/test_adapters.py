@@ -113,7 +113,7 @@ def test_a_full_linear_adapter_is_scikit_learns_ridge_regression():
         torch.testing.assert_close(stack.up_bias_Ld[layer], torch.tensor(oracle.intercept_))
 
 
-@pytest.mark.parametrize("bottleneck", [1, 2, 4])
+@pytest.mark.parametrize("bottleneck", [*(pytest.param(width, marks=pytest.mark.slow) for width in (1, 4)), 2])
 @pytest.mark.parametrize("ridge", [0.0, 0.05])
 def test_no_linear_adapter_of_that_rank_is_better_than_the_closed_form(bottleneck, ridge):
     states = regression_data()

@@ -175,6 +175,7 @@ def test_scores_that_are_not_by_seed_and_query_are_refused(scores):
         over_seeds(scores)
 
 
+@pytest.mark.slow
 def test_intervals_over_seeds_cover_the_truth_as_often_as_they_say(monkeypatch):
     monkeypatch.setattr(statistics_module, "_RESAMPLES", 399)
     rng = np.random.default_rng(7)
@@ -212,6 +213,7 @@ def test_queries_that_come_twice_count_once_where_groups_are_resampled():
     assert twice.high - twice.low > 1.3 * (naive.high - naive.low)
 
 
+@pytest.mark.slow
 def test_the_interval_over_groups_covers_where_queries_of_a_group_fail_together():
     rng = np.random.default_rng(2)
     covered, naive = [], []

@@ -281,6 +281,7 @@ def test_random_pairs_of_queries_with_the_same_rollouts_differ(tmp_path):
     assert len({frozenset(astuple(pair)[1:] for pair in pairs) for _, pairs in drawn}) > 1
 
 
+@pytest.mark.slow
 def test_the_pairs_are_never_all_in_memory(tmp_path):
     def peak(count):
         rollouts = [rollout for i in range(count) for rollout in some_rollouts(f"q{i}", 16)]

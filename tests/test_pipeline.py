@@ -151,7 +151,9 @@ def test_adapters_are_the_same_whether_the_answers_were_there_or_not(tiny, tmp_p
     assert warm.read_bytes() == cold.read_bytes()
 
 
-@pytest.mark.parametrize("method", ["awr", "ipo", "kto", "simpo", "value"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(method, marks=pytest.mark.slow) for method in ("awr", "ipo", "simpo")), "kto", "value"]
+)
 def test_every_other_method_trains_a_router_that_has_its_row(tiny, run_here, method):
     folder, _ = tiny
     run_here(method, f"method={method}", "++method.min_score=-10", "evaluation.latency.queries=0", "evaluation.max_queries=4")
@@ -198,6 +200,7 @@ def test_one_fixed_configuration_can_be_scored_alone_aloud_and_without_adapters(
     assert not (folder / "outputs/fixed/report/layer_error.png").exists()
 
 
+@pytest.mark.slow
 def test_lossless_rows_have_the_originals_answers_and_are_timed_with_the_others(tiny, run_here):
     folder, _ = tiny
     run_here(
@@ -237,6 +240,7 @@ def pruned_by(folder: Path, name: str, row: str) -> list[tuple[int, ...]]:
     return [tuple(sample["pruned_layers"]) for sample in samples_of(folder, name, row)]
 
 
+@pytest.mark.slow
 def test_a_router_without_input_prunes_the_same_layers_for_all_and_costs_nothing(tiny, run_here):
     folder, _ = tiny
     # The encoder is never loaded: its name may be anything.
@@ -261,6 +265,7 @@ def test_a_router_without_input_prunes_the_same_layers_for_all_and_costs_nothing
     assert pruned_by(folder, "constant", "router-dpo@safe") == pruned_by(folder, "constant", "router-dpo@0.5")
 
 
+@pytest.mark.slow
 def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
     folder, _ = tiny
     run_here(

@@ -27,6 +27,7 @@ def sharded(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_jobs_made_is_merged_into_what_one_job_makes(sharded, tmp_path):
     shutil.copytree(sharded, tmp_path / "merged")
     assert len(manifests(tmp_path / "merged", "explore_shard")) == 6

@@ -254,7 +254,7 @@ def test_more_ranks_than_items_get_one_item_each(tmp_path, place):
     assert sorted(seen.values()) == [2, 3, 3]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_the_workers_of_a_real_loader_share_the_items(pairs_file, method):
     stream = PairStream(pairs_file, allows_all, seed=1, shuffle_buffer=20)
     loader = DataLoader(stream, batch_size=16, num_workers=2, multiprocessing_context=method, collate_fn=list)

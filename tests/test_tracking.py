@@ -48,6 +48,7 @@ def exit_codes(found):
     return [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
 
 
+@pytest.mark.slow
 def test_a_job_is_one_run_with_its_curves_table_and_figures(tmp_path):
     run_tiny(tmp_path, "tracked", *LOGGERS)
     found = records(tmp_path / "outputs/tracked")
