@@ -1,4 +1,4 @@
-"""What is installed: every file by its hash, known vulnerabilities (pip-audit), licences (pip-licenses).
+"""What is installed: every file but torch by its hash, known vulnerabilities (pip-audit), licences (pip-licenses).
 
 Both tools run in an environment of their own. pip-audit asks the package index for advisories; releases that it has no word
 of count as not audited. All licences are in [licences.md](licences.md).
