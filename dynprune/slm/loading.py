@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from dynprune.slm.allocator import keep_freed_memory
+from dynprune.slm.attention import fold_query_heads
 from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.layers import decoder_layers
 from dynprune.slm.support import refusal
@@ -46,7 +48,8 @@ class SLM:
     tokenizer: PreTrainedTokenizerBase
     name: str
 
-    @property
+    # Finding them is a walk through all modules, and each pass asks for their number.
+    @cached_property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
         return decoder_layers(self.model)
@@ -304,6 +307,7 @@ def _prepare(
     # Where keys and values serve several heads, transformers copies them for each of these, unless there is no mask: a GPU's
     # kernels need that, while the CPU's read them in place.
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if model.device.type == "cpu" else "0"
+    fold_query_heads()
     if model.device.type == "cpu":
         keep_freed_memory()
     if reason := refusal(model):

@@ -191,7 +191,6 @@ def configuration_mask(slm: SLM, configurations: Sequence[Sequence[int] | Tensor
     Raises:
         ValueError: If a layer does not exist.
     """
-    # Looked up once: it is a walk through the model's modules.
     num_layers = slm.num_layers
     mask_BL = torch.zeros(len(configurations), num_layers, dtype=torch.bool)
     for row, configuration in enumerate(configurations):

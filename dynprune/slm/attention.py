@@ -1,0 +1,75 @@
+"""Attention of a few new tokens on a CPU, in models whose query heads share keys and values.
+
+Torch's kernel takes the query heads one after another, and each reads the keys and values that it shares with others anew; for
+a single token in bfloat16 it also falls back to a slow product. Folded, the heads that share keys and values are as many tokens
+of one head: one product for all of them, the same sums.
+
+Shapes: B = batch, H = query heads, K = heads of keys and values, G = H / K, T = new tokens, S = all tokens, w = a head's width.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# Beyond that, heads have enough tokens of their own.
+_FEW_TOKENS = 8
+
+
+def fold_query_heads() -> None:
+    """Lets transformers' models attend by `folded_attention` wherever they attended by torch's kernels, ``sdpa``."""
+    AttentionInterface.register("sdpa", folded_attention)
+
+
+def folded_attention(
+    module: nn.Module,
+    query_BHTw: Tensor,
+    key_BKSw: Tensor,
+    value_BKSw: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' ``sdpa`` computes it, folded where that pays.
+
+    Args:
+        module: The layer's attention; ``num_key_value_groups`` is its G.
+        query_BHTw: Queries of the new tokens.
+        key_BKSw: Keys of all tokens.
+        value_BKSw: Their values.
+        attention_mask: What each token sees, (B, 1, T, S); without one, T tokens see what comes before them.
+        dropout: Probability that a weight is dropped.
+        scaling: Factor of the scores, 1 / √w where it is not given.
+        kwargs: What transformers' own function knows beside these.
+
+    Returns:
+        (B, T, H, w), and no weights.
+    """
+    batch, heads, tokens, width = query_BHTw.shape
+    shared = key_BKSw.shape[1]
+    groups = getattr(module, "num_key_value_groups", 1)
+    folds = (
+        query_BHTw.device.type == "cpu"
+        and heads == shared * groups > shared
+        and tokens <= _FEW_TOKENS
+        # One token sees everything; of several, only a mask says what each of them sees, and it must be that of all heads.
+        and (tokens == 1 if attention_mask is None else attention_mask.shape[1] == 1)
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+    )
+    if not folds:
+        return sdpa_attention_forward(
+            module, query_BHTw, key_BKSw, value_BKSw, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    out = functional.scaled_dot_product_attention(
+        query_BHTw.reshape(batch, shared, groups * tokens, width),
+        key_BKSw,
+        value_BKSw,
+        attn_mask=None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.reshape(batch, heads, tokens, value_BKSw.shape[-1]).transpose(1, 2).contiguous(), None

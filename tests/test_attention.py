@@ -1,0 +1,84 @@
+"""Folded attention against attention written out head by head, and whole models against transformers' eager attention."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dynprune.slm.attention import fold_query_heads, folded_attention
+
+
+def head_by_head(query, key, value, mask, groups):
+    batch, heads, tokens, width = query.shape
+    out = torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            scores = query[b, h] @ key[b, h // groups].T / math.sqrt(width)
+            scores = scores.masked_fill(~mask[b % len(mask), 0], -torch.inf)
+            out[b, :, h] = scores.softmax(dim=-1) @ value[b, h // groups]
+    return out
+
+
+def layer(groups: int) -> nn.Module:
+    module = nn.Module()
+    module.num_key_value_groups = groups
+    module.is_causal = True
+    return module
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    tokens=st.integers(1, 12),
+    past=st.integers(0, 9),
+    masked=st.booleans(),
+    one_mask=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_it_is_attention_head_by_head(batch, shared, groups, tokens, past, masked, one_mask, seed):
+    generator = torch.Generator().manual_seed(seed)
+    length = tokens + past
+
+    def draw(heads: int, size: int) -> torch.Tensor:
+        return torch.randn(batch, heads, size, 8, generator=generator, dtype=torch.float64)
+
+    query, key, value = draw(shared * groups, tokens), draw(shared, length), draw(shared, length)
+    causal = torch.ones(tokens, length, dtype=torch.bool).tril(past)[None, None]
+    padding = torch.rand(1 if one_mask else batch, 1, 1, length, generator=generator) < 0.7
+    # Every token sees itself at least, whatever is padding.
+    mask = (causal & padding) | torch.eye(length, dtype=torch.bool)[None, None, past:]
+    if not masked:
+        # Without a mask, several tokens are a whole text, and a single one sees all.
+        whole = slice(length if tokens == 1 else tokens)
+        key, value, mask = key[:, :, whole], value[:, :, whole], None
+    got, weights = folded_attention(layer(groups), query, key, value, mask)
+    seen = mask if masked else torch.ones(tokens, key.shape[2], dtype=torch.bool).tril(key.shape[2] - tokens)[None, None]
+    torch.testing.assert_close(got, head_by_head(query, key, value, seen, groups))
+    assert weights is None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_models_decode_as_with_eager_attention(make_slm, architecture):
+    slm = make_slm(architecture)
+    fold_query_heads()
+    ids = torch.tensor([[1, 5, 9, 13, 17], [0, 0, 7, 11, 15]])
+    seen = (torch.arange(5) >= torch.tensor([[0], [2]])).long()
+    found = {}
+    for kind in ("sdpa", "eager"):
+        slm.model.set_attn_implementation(kind)
+        out = slm.generate(
+            input_ids=ids,
+            attention_mask=seen,
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        found[kind] = torch.stack(out.logits)
+    torch.testing.assert_close(found["sdpa"], found["eager"], rtol=1e-4, atol=1e-4)
