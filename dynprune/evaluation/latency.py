@@ -1,9 +1,10 @@
 """Timing rows of the table against each other: the same queries, the same token counts, in turns, in one run.
 
-For each query the rows take turns in random order, so that a machine that grows slower meets all of them alike. A row's time
-is that of the router (tokenising, encoding, choosing), of the prompt (prefill) and of each further token (decode). All rows
-generate the number of tokens that the full SLM's answer has: a pruned SLM that stops early would look fast. A row may decode in
-a way of its own, such as by drafts that the full SLM verifies.
+For each query the rows take turns in random order, first with their prompts, then pass by pass, so that a machine that grows
+slower meets all of them alike: what lasts longer than a pass slows all rows of a query, and drops out of their ratios. A row's
+time is that of the router (tokenising, encoding, choosing), of the prompt (prefill) and of each further token (decode). All
+rows generate the number of tokens that the full SLM's answer has: a pruned SLM that stops early would look fast. A row may
+decode in a way of its own, such as by drafts that the full SLM verifies.
 """
 
 import random
@@ -21,6 +22,7 @@ from dynprune.slm.pruning import LayerPruner, cache_bytes
 
 Chooser = Callable[[Query], Sequence[int]]
 # From a prompt, a configuration, a number of tokens and an empty cache: yields after each pass, the first over the prompt.
+# Other rows prune the SLM between two passes.
 Decoder = Callable[[SLM, LayerPruner, Sequence[int], Sequence[int], int, ReservingCache], Iterator[object]]
 
 
@@ -92,43 +94,43 @@ def time_rows(
     """
     rng = random.Random(seed)
     for position in [*range(min(warmup, len(queries))), *range(-len(queries), 0)]:
-        for name in rng.sample(sorted(rows), len(rows)):
-            timing = _time_one(slm, pruner, queries[position], prompts[position], tokens[position], name, rows[name])
-            if position < 0:
-                yield timing
+        timings = _time_query(slm, pruner, queries[position], prompts[position], tokens[position], rows, rng)
+        if position < 0:
+            yield from timings
 
 
 @torch.inference_mode()
-def _time_one(
+def _time_query(
     slm: SLM,
     pruner: LayerPruner,
     query: Query,
     prompt: Sequence[int],
     tokens: int,
-    name: str,
-    row: TimedRow,
-) -> Timing:
-    # A router may read the SLM's own first layers: they run as they are, not as the row before pruned them.
-    pruner.prune(())
-    start = now(slm.device)
-    configuration = row.choose(query)
-    routed = now(slm.device)
-    cache = ReservingCache()
-    passes = row.decode(slm, pruner, prompt, configuration, tokens, cache)
-    next(passes)
-    prefilled = now(slm.device)
-    for _ in passes:
-        pass
-    end = now(slm.device)
-    return Timing(
-        id=query.id,
-        row=name,
-        tokens=tokens,
-        route=routed - start,
-        prefill=prefilled - routed,
-        decode=end - prefilled,
-        cache_bytes=cache_bytes(cache),
-    )
+    rows: Mapping[str, TimedRow],
+    rng: random.Random,
+) -> list[Timing]:
+    route, prefill, decode = {}, {}, dict.fromkeys(rows, 0.0)
+    caches = {name: ReservingCache() for name in rows}
+    running: dict[str, Iterator[object]] = {}
+    for name in rng.sample(sorted(rows), len(rows)):
+        # A router may read the SLM's own first layers: they run as they are, not as the row before pruned them.
+        pruner.prune(())
+        start = now(slm.device)
+        configuration = rows[name].choose(query)
+        routed = now(slm.device)
+        running[name] = rows[name].decode(slm, pruner, prompt, configuration, tokens, caches[name])
+        next(running[name])
+        route[name], prefill[name] = routed - start, now(slm.device) - routed
+    while running:
+        for name in rng.sample(sorted(running), len(running)):
+            start = now(slm.device)
+            if next(running[name], None) is None:
+                del running[name]
+            else:
+                decode[name] += now(slm.device) - start
+    return [
+        Timing(query.id, name, tokens, route[name], prefill[name], decode[name], cache_bytes(caches[name])) for name in rows
+    ]
 
 
 def now(device: torch.device) -> float:

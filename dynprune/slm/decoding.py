@@ -20,6 +20,8 @@ def decode_pruned(
 ) -> Iterator[torch.Tensor]:
     """Generates greedily under a configuration, a token a pass.
 
+    Each pass prunes anew, so that other rows may run in between.
+
     Args:
         slm: The SLM.
         pruner: Its pruner, entered.
@@ -31,12 +33,12 @@ def decode_pruned(
     Yields:
         Each token, (1, 1).
     """
-    pruner.prune(configuration)
-    token_11 = _next_token(slm, torch.tensor([list(prompt)], device=slm.device), 0, cache)
-    yield token_11
-    for step in range(new_tokens - 1):
-        token_11 = _next_token(slm, token_11, len(prompt) + step, cache)
+    ids_1T, past = torch.tensor([list(prompt)], device=slm.device), 0
+    for _ in range(new_tokens):
+        pruner.prune(configuration)
+        token_11 = _next_token(slm, ids_1T, past, cache)
         yield token_11
+        ids_1T, past = token_11, past + ids_1T.shape[1]
 
 
 def _next_token(slm: SLM, ids_1T: torch.Tensor, past: int, cache: ReservingCache) -> torch.Tensor:

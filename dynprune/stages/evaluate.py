@@ -26,7 +26,7 @@ from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest, plain
 from dynprune.stages.samples import Answers, run_rows
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class ConditionalBernoulliPolicy(Policy):
 
     def _subset_log_prob(self, logits_BN: Tensor, mask_BN: Tensor) -> Tensor:
         k_B1 = mask_BN.sum(dim=1, keepdim=True)
-        log_e_B = log_esp(logits_BN, self.k_max).gather(1, k_B1)[:, 0]
+        # Sums of more members than any row has are needed by none.
+        log_e_B = log_esp(logits_BN, int(k_B1.max())).gather(1, k_B1)[:, 0]
         return logits_BN.masked_fill(~mask_BN, 0.0).sum(dim=1) - log_e_B
 
     def _subset_sample(self, logits_BN: Tensor, k_B: Tensor, generator: torch.Generator | None) -> Tensor:
