@@ -10,7 +10,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dynprune.app import folder_name
+from dynprune.methods.base import RouterTraining
 from dynprune.paths import conf_dir
+from dynprune.stages.evaluate import with_own_router
+from dynprune.stages.router import new_training
+from dynprune.stages.run import Run
 
 CONF = conf_dir()
 # What a person must state, for files with `???`.
@@ -106,6 +110,20 @@ def test_every_preset_says_what_it_reproduces_and_with_which_command(path):
     text = (CONF / path).with_suffix(".yaml").read_text()
     assert text.startswith("# @package _global_\n# Reproduces ")
     assert f"# Command: dynprune experiment={path.relative_to('experiment')}" in text
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "experiment"], ids=str)
+def test_every_preset_trains_routers_that_its_methods_take(make_slm, path, tmp_path):
+    config = composed(
+        override_of(str(path)), "hardware=cpu", "router.encoder.name_or_path=tiny:", f"paths.artifacts={tmp_path}"
+    )
+    config.paths.run = str(tmp_path / "run")
+    run = Run(config)
+    vars(run).update(slm=make_slm(num_layers=30), splits={}, model_identity={})
+    methods = config.evaluation.routers or {config.method.name: config.method}
+    for name, method in methods.items():
+        if method is not None:
+            assert isinstance(new_training(with_own_router(run, name), method), RouterTraining)
 
 
 def test_an_unknown_key_is_refused():

@@ -112,9 +112,8 @@ def _train(
 ) -> dict[str, Any]:
     hardware = run.config.hardware.trainer
     lightning.seed_everything(seed, workers=True)
-    network = new_router(run, method) if start is None else load_router(start.folder / ROUTER, run.slm)[0].train()
-    policy = new_policy(run, method)
-    module: RouterTraining = instantiate(method.module, router=network, policy=policy, optimizer=instantiate(method.optimizer))
+    module = new_training(run, method, None if start is None else load_router(start.folder / ROUTER, run.slm)[0].train())
+    network, policy = module.router, module.policy
     checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="min", save_top_k=1)
     trainer = run.trainer(
         f"router-{method.name}",
@@ -266,6 +265,15 @@ def _new_encoder(run: Run) -> Encoder:
     settings = run.config.router
     arguments = {"query": plain(settings.encoder), "slm_states": {"first_layers": settings.slm_layers}}
     return build_encoder(settings.inputs, arguments.get(settings.inputs, {}), run.slm)
+
+
+def new_training(run: Run, method: DictConfig, network: Router | None = None) -> RouterTraining:
+    """The training of a router by a method, which says what does not fit; of one with random heads, if none is given."""
+    network = new_router(run, method) if network is None else network
+    training: RouterTraining = instantiate(
+        method.module, router=network, policy=new_policy(run, method), optimizer=instantiate(method.optimizer)
+    )
+    return training
 
 
 def new_policy(run: Run, method: DictConfig | None = None) -> Policy:
