@@ -1,14 +1,18 @@
 """Folded attention against attention written out head by head, and whole models against transformers' eager attention."""
 
 import math
+import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dynprune.slm.attention import fold_query_heads, folded_attention
+from dynprune.slm import attention
+from dynprune.slm.attention import folded_attention, share_keys_and_values
+from dynprune.slm.loading import load_tiny
 
 
 def head_by_head(query, key, value, mask, groups):
@@ -65,7 +69,7 @@ def test_it_is_attention_head_by_head(batch, shared, groups, tokens, past, maske
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_models_decode_as_with_eager_attention(make_slm, architecture):
     slm = make_slm(architecture)
-    fold_query_heads()
+    share_keys_and_values(slm.model.device)
     ids = torch.tensor([[1, 5, 9, 13, 17], [0, 0, 7, 11, 15]])
     seen = (torch.arange(5) >= torch.tensor([[0], [2]])).long()
     found = {}
@@ -82,3 +86,26 @@ def test_models_decode_as_with_eager_attention(make_slm, architecture):
         )
         found[kind] = torch.stack(out.logits)
     torch.testing.assert_close(found["sdpa"], found["eager"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "folds"), [(1, True), (8, True), (9, False)])
+def test_only_few_tokens_are_folded(monkeypatch, tokens, folds):
+    asked = []
+
+    def kernel(query, *_, **__):
+        asked.append(query.shape)
+        return query
+
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", kernel)
+    mask = torch.ones(2, 1, tokens, 10, dtype=torch.bool)
+    folded_attention(layer(3), torch.zeros(2, 6, tokens, 8), torch.zeros(2, 2, 10, 8), torch.zeros(2, 2, 10, 8), mask)
+    assert asked == [(2, 2, 3 * tokens, 8) if folds else (2, 6, tokens, 8)]
+
+
+def test_a_loaded_model_attends_so(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", None)
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
+    slm = load_tiny("llama", 2, 32, 0, "float32")
+    assert slm.model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is folded_attention
+    assert os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] == "1"

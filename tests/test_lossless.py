@@ -99,6 +99,27 @@ def test_a_row_is_timed_by_its_own_way_of_decoding_with_what_its_chooser_says(ma
         assert size["lossless", query.id] == size["original", query.id] > size["own", query.id]
 
 
+def test_rows_that_take_turns_pass_by_pass_say_what_each_says_alone(make_slm):
+    slm, [query] = make_slm(), queries(1)
+    prompt, said = prompt_tokens(slm.tokenizer, query), {}
+
+    def collecting(configuration):
+        def decode(*arguments):
+            for token in decode_pruned(*arguments):
+                said.setdefault(configuration, []).append(int(token))
+                yield token
+
+        return TimedRow(lambda query: configuration, decode)
+
+    configurations = [(), (0,), (1, 3), (0, 1, 2)]
+    rows = {str(configuration): collecting(configuration) for configuration in configurations}
+    with LayerPruner(slm) as pruner:
+        list(time_rows(slm, pruner, [query], [prompt], [12], rows, warmup=0, seed=0))
+        alone = {c: [int(t) for t in decode_pruned(slm, pruner, prompt, c, 12, ReservingCache())] for c in configurations}
+    assert said == alone
+    assert len({tuple(tokens) for tokens in alone.values()}) == len(configurations)
+
+
 def test_decoding_under_a_configuration_yields_what_transformers_generates(make_slm):
     slm = make_slm()
     slm.model.generation_config.eos_token_id = slm.tokenizer.eos_token = None

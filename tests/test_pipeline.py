@@ -345,6 +345,13 @@ def test_a_mistake_ends_in_one_sentence(tiny, arguments, sentence):
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", ["router", "all"])
+def test_what_a_method_does_not_take_is_said_before_anything_is_explored(tmp_path, stage):
+    with pytest.raises(InstantiationException, match=r"type router\.ratio=normal"):
+        run_tiny(tmp_path, "early", f"stage={stage}", "method=value", "router.ratio=categorical")
+    assert not (tmp_path / "outputs/artifacts/explore").exists()
+
+
 @pytest.mark.slow
 def test_a_mistake_is_shown_without_a_traceback(tiny):
     folder, _ = tiny

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens on a CPU, in models whose query heads share keys and values.
+"""Attention on a CPU in models whose query heads share keys and values: read in place, and of a few new tokens folded.
 
 Torch's kernel takes the query heads one after another, and each reads the keys and values that it shares with others anew; for
 a single token in bfloat16 it also falls back to a slow product. Folded, the heads that share keys and values are as many tokens
@@ -7,8 +7,10 @@ of one head: one product for all of them, the same sums.
 Shapes: B = batch, H = query heads, K = heads of keys and values, G = H / K, T = new tokens, S = all tokens, w = a head's width.
 """
 
+import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -18,8 +20,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 _FEW_TOKENS = 8
 
 
-def fold_query_heads() -> None:
-    """Lets transformers' models attend by `folded_attention` wherever they attended by torch's kernels, ``sdpa``."""
+def share_keys_and_values(device: torch.device) -> None:
+    """Lets all models of transformers that attend by torch's kernels, ``sdpa``, do so by `folded_attention`.
+
+    Args:
+        device: Where models lie from now on.
+    """
+    # Where keys and values serve several heads, transformers copies them for each of these, unless there is no mask: a GPU's
+    # kernels need that, while the CPU's read them in place.
+    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if device.type == "cpu" else "0"
     AttentionInterface.register("sdpa", folded_attention)
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from dynprune.slm.allocator import keep_freed_memory
-from dynprune.slm.attention import fold_query_heads
+from dynprune.slm.attention import share_keys_and_values
 from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.layers import decoder_layers
 from dynprune.slm.support import refusal
@@ -304,10 +303,7 @@ def _prepare(
     module.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
     # A slice of the last positions is not contiguous, for which torch copies the head's weights once for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, arguments: (arguments[0].contiguous(),))
-    # Where keys and values serve several heads, transformers copies them for each of these, unless there is no mask: a GPU's
-    # kernels need that, while the CPU's read them in place.
-    os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if model.device.type == "cpu" else "0"
-    fold_query_heads()
+    share_keys_and_values(model.device)
     if model.device.type == "cpu":
         keep_freed_memory()
     if reason := refusal(model):

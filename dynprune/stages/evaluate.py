@@ -20,7 +20,7 @@ from dynprune.stages.adapters import adapters, pruner_of, upstream_of
 from dynprune.stages.baselines import baseline_rows, oracle_names, oracle_rows, static_rows
 from dynprune.stages.lossless import lossless_rows, timed_row
 from dynprune.stages.progress import track
-from dynprune.stages.router import learns_from, new_training, router
+from dynprune.stages.router import check_fit, learns_from, router
 from dynprune.stages.router_rows import TrainedMethod, router_rows
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, digest, plain
@@ -85,10 +85,8 @@ def train_routers(run: Run) -> list[TrainedMethod]:
     methods: Mapping[str, DictConfig] = settings.routers or {run.config.method.name: run.config.method}
     seeds = plain(settings.router_seeds) or [run.config.seed]
     runs = {name: with_own_router(run, name) for name in methods}
-    if run.config.router.folder is None:
-        for name, method in methods.items():
-            # What does not fit is said before anything is explored, and before the others are trained.
-            new_training(runs[name], method)
+    for name, method in methods.items():
+        check_fit(runs[name], method)
     trained = [
         TrainedMethod(name, learns_from(method), {seed: router(runs[name], method, seed) for seed in seeds}, runs[name])
         for name, method in methods.items()

@@ -45,6 +45,7 @@ CURVE = f"curve/{METRICS}"
 
 def train_router(run: Run) -> None:
     """Trains the router of the run's method, and notes in the run's folder what that came to."""
+    check_fit(run, run.config.method)
     counts = router(run).manifest["counts"]
     if run.store.rank == 0:
         # A ready router was not trained here.
@@ -265,6 +266,12 @@ def _new_encoder(run: Run) -> Encoder:
     settings = run.config.router
     arguments = {"query": plain(settings.encoder), "slm_states": {"first_layers": settings.slm_layers}}
     return build_encoder(settings.inputs, arguments.get(settings.inputs, {}), run.slm)
+
+
+def check_fit(run: Run, method: DictConfig) -> None:
+    """Lets a method say what it does not take of the run's router, before anything is explored or trained."""
+    if run.config.router.folder is None:
+        new_training(run, method)
 
 
 def new_training(run: Run, method: DictConfig, network: Router | None = None) -> RouterTraining:
