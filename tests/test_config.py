@@ -119,7 +119,7 @@ def test_every_preset_trains_routers_that_its_methods_take(make_slm, path, tmp_p
     )
     config.paths.run = str(tmp_path / "run")
     run = Run(config)
-    vars(run).update(slm=make_slm(num_layers=30), splits={}, model_identity={})
+    vars(run).update(slm=make_slm(num_layers=30), splits={}, model_identity={"dtype": "float32"})
     methods = config.evaluation.routers or {config.method.name: config.method}
     for name, method in methods.items():
         if method is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import composed
 
 from dynprune.data.prompts import render_prompt
 from dynprune.data.tasks import Query
@@ -19,6 +20,8 @@ from dynprune.router.router import Router
 from dynprune.router.slm_states import SlmStatesEncoder
 from dynprune.slm.loading import SLM
 from dynprune.slm.pruning import LayerPruner
+from dynprune.stages.router import new_router
+from dynprune.stages.run import Run
 
 
 def query(words: str) -> Query:
@@ -138,3 +141,19 @@ def test_a_router_that_was_saved_before_there_was_a_choice_is_loaded(tmp_path: P
     names = {name.split(".")[0] for name in loaded.state_dict() if not name.startswith("encoder.")}
     assert names == {"layers_hidden", "layers_score", "ratio_hidden", "ratio_mu", "ratio_log_std"}
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), router.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("typed", "dtype"),
+    [
+        ((), "bfloat16"),
+        (("router.encoder.trainable=true",), "float32"),
+        (("router.encoder.dtype=float16",), "float16"),
+    ],
+)
+def test_a_frozen_encoder_has_the_slms_number_format_unless_told_otherwise(
+    tmp_path: Path, typed: tuple[str, ...], dtype: str
+) -> None:
+    run = Run(composed("experiment=tiny", "model.dtype=bfloat16", f"paths.run={tmp_path}", *typed))
+    assert run.encoder_settings["dtype"] == dtype
+    assert new_router(run).encoder.arguments()["dtype"] == dtype

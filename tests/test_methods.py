@@ -20,7 +20,9 @@ from dynprune.methods.orpo import OddsRatioPreferenceOptimization
 from dynprune.methods.simpo import SimplePreferenceOptimization
 from dynprune.methods.value import ValueRegression
 from dynprune.router.encoder import TextEncoder
-from dynprune.router.policies import ConditionalBernoulliPolicy, ValuePolicy
+from dynprune.router.outputs import RouterOutputs
+from dynprune.router.policies import ConditionalBernoulliPolicy, ValuePolicy, build_policy
+from dynprune.router.ratio import NormalRatio
 from dynprune.router.router import Router
 
 L = 6
@@ -98,6 +100,20 @@ def test_each_method_learns_to_prefer_the_winners(method):
     outputs = module.outputs(batch)
     winners_B, losers_B = (module.policy.log_prob(outputs, batch[f"{side}_mask_BL"]) for side in ("winner", "loser"))
     assert (winners_B > losers_B).all()
+
+
+def test_value_regression_prunes_no_deeper_than_the_rollouts_it_learned_from():
+    module = training("value")
+    own = learnt_from(module, pairs(module))
+    deeper = own | {"mask_BL": torch.ones(8, L, dtype=torch.bool)}
+    module.eval().training_loss(module.outputs(deeper), deeper)
+    module.train().training_loss(module.outputs(own), own)
+    tried = own["mask_BL"].sum(dim=1).amax()
+    assert tried < L
+    # Heads that promise much, whatever is pruned.
+    promising = RouterOutputs(torch.full((1, L), 5.0), NormalRatio(torch.tensor([0.9]), torch.tensor([-5.0])))
+    assert module.policy.mode(promising).sum() == tried
+    assert build_policy(module.policy.config()).mode(promising).sum() == tried
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -51,6 +51,34 @@ def test_texts_are_cut_at_max_length() -> None:
     assert torch.equal(embedding[0], embedding[1])
 
 
+def test_half_precision_moves_an_embedding_little_and_is_kept_with_the_router(tmp_path: Path) -> None:
+    exact = tiny_encoder()
+    half = TextEncoder("tiny:", revision=None, max_length=64, trainable=False, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    features = half.tokenize(TEXTS)
+    embedding = half(**features)
+    assert embedding.dtype == torch.float32
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(TEXTS)))
+    similarity = (embedding * exact(**features)).sum(dim=1)
+    assert (similarity > 0.999).all()
+    assert not torch.equal(embedding, exact(**features))
+    save_router(Router(half, num_layers=6, head_hidden_dim=16), tmp_path, {})
+    loaded, _ = load_router(tmp_path)
+    assert torch.equal(loaded.encode(features), embedding)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "dtype", "said"),
+    [
+        (False, "int8", "dtype='int8' is unknown; allowed: null, float32"),
+        (True, "bfloat16", "trainable=true exclude each other"),
+    ],
+)
+def test_a_number_format_that_an_encoder_cannot_have_is_refused(trainable: bool, dtype: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TextEncoder("tiny:", revision=None, max_length=64, trainable=trainable, dtype=dtype)
+
+
 def test_a_frozen_encoder_stays_in_evaluation_mode_and_gets_no_gradient() -> None:
     router = tiny_router().train()
     assert router.training

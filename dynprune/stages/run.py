@@ -147,6 +147,14 @@ class Run:
         return identity
 
     @property
+    def encoder_settings(self) -> dict[str, Any]:
+        """``router.encoder``, with the number format that the encoder gets here."""
+        settings: dict[str, Any] = plain(self.config.router.encoder)
+        if settings["dtype"] is None:
+            settings["dtype"] = "float32" if settings["trainable"] else self.model_identity["dtype"]
+        return settings
+
+    @property
     def mixed_precision(self) -> str:
         """Lightning's precision for training in the SLM: products in its dtype, what is trained in float32."""
         return _MIXED_PRECISION[self.model_identity["dtype"]]

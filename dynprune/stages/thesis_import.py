@@ -108,7 +108,8 @@ def _router(run: Run, path: Path, state: Mapping[str, torch.Tensor]) -> Router:
         raise ValueError(f"{path} lacks {missing[:3]}; a router of the thesis has the heads {', '.join(_HEADS)}")
     encoder_state = {name.removeprefix(_ENCODER): value for name, value in state.items() if name.startswith(_ENCODER)}
     # The thesis trained its encoder with the heads.
-    encoder = TextEncoder(**{**plain(settings.encoder), "trainable": bool(encoder_state)})
+    frozen = {**run.encoder_settings, "trainable": False}
+    encoder = TextEncoder(**(frozen | {"trainable": True, "dtype": "float32"} if encoder_state else frozen))
     num_layers = len(state["layers_score.bias"])
     router = Router(encoder, num_layers, len(state["layers_hidden.bias"]), settings.log_std_min, settings.log_std_max)
     heads = {name: state[name] for head in _HEADS for name in (f"{head}.weight", f"{head}.bias")}

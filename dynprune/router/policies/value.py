@@ -38,6 +38,7 @@ class ValuePolicy(ConditionalBernoulliPolicy):
 
     Attributes:
         min_reward: Smallest predicted reward of what `mode` chooses.
+        deepest: Most layers of a configuration that the prediction has learned from; beyond them it extrapolates.
     """
 
     name: ClassVar[str] = "value"
@@ -49,6 +50,7 @@ class ValuePolicy(ConditionalBernoulliPolicy):
         k_max: int | None = None,
         *,
         min_reward: float,
+        deepest: int | None = None,
     ) -> None:
         """Fixes which configurations are possible, and the threshold.
 
@@ -57,6 +59,7 @@ class ValuePolicy(ConditionalBernoulliPolicy):
             prunable_layers: Layers that may be pruned; all if None.
             k_max: The largest number of pruned layers; the number of prunable layers if None.
             min_reward: Smallest predicted reward, between 0 and 1.
+            deepest: Most layers that `mode` prunes unless a budget is given; None for `k_max`.
 
         Raises:
             ValueError: As `Policy`, or if `min_reward` is not between 0 and 1.
@@ -65,10 +68,11 @@ class ValuePolicy(ConditionalBernoulliPolicy):
         if not 0 < min_reward < 1:
             raise ValueError(f"method.policy.min_reward={min_reward} is not allowed; allowed: between 0 and 1, for example 0.5")
         self.min_reward = min_reward
+        self.deepest = deepest
 
     def config(self) -> dict[str, Any]:
         """Returns the name and the constructor's arguments, as JSON values."""
-        return super().config() | {"min_reward": self.min_reward}
+        return super().config() | {"min_reward": self.min_reward, "deepest": self.deepest}
 
     def reward_logits(self, outputs: RouterOutputs, mask_BL: Tensor) -> Tensor:
         """Returns logit_B of the predicted reward r(x, y), in float32 at least.
@@ -95,9 +99,9 @@ class ValuePolicy(ConditionalBernoulliPolicy):
     def mode(self, outputs: RouterOutputs, count: CountRule = likeliest) -> Tensor:
         """Returns the deepest configuration whose predicted reward is at least `min_reward`, or that of a given size.
 
-        Of several that are equally deep it is the one with the largest predicted reward. Where no configuration reaches
-        `min_reward`, nothing is pruned. It is found by search of the prediction; the likeliest configuration under
-        `log_prob` is another one.
+        Of several that are equally deep it is the one with the largest predicted reward, and none is deeper than what the
+        prediction has learned from. Where no configuration reaches `min_reward`, nothing is pruned. It is found by search of
+        the prediction; the likeliest configuration under `log_prob` is another one.
 
         Args:
             outputs: The router's outputs for B queries.
@@ -110,9 +114,10 @@ class ValuePolicy(ConditionalBernoulliPolicy):
             return super().mode(outputs, count)
         logits_BN = self._layer_logits(outputs)
         best_BN = logits_BN.sort(dim=1, descending=True).values.cumsum(dim=1)
-        best_BK = _base(outputs)[:, None] + F.pad(best_BN[:, : self.k_max], (1, 0))
+        most = self.k_max if self.deepest is None else min(self.deepest, self.k_max)
+        best_BK = _base(outputs)[:, None] + F.pad(best_BN[:, :most], (1, 0))
         is_enough_BK = best_BK >= math.log(self.min_reward / (1 - self.min_reward))
-        k_K = torch.arange(self.k_max + 1, device=logits_BN.device)
+        k_K = torch.arange(most + 1, device=logits_BN.device)
         return self._expand(top_k_mask(logits_BN, torch.where(is_enough_BK, k_K, 0).amax(dim=1)))
 
 
