@@ -57,11 +57,18 @@ class HiddenStateStream(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         """Runs the teacher over the batches."""
+        for position in self._order(self._epoch):
+            yield self._states(self._batches[position])
+
+    def sequences(self, epoch: int, number: int) -> list[Sequence[int]]:
+        """The sequences of a batch, by its epoch and its number in it."""
+        return self._batches[self._order(epoch)[number]]
+
+    def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self._batches)))
         if self._seed is not None:
-            random.Random(f"{self._seed}-{self._epoch}").shuffle(order)
-        for position in order:
-            yield self._states(self._batches[position])
+            random.Random(f"{self._seed}-{epoch}").shuffle(order)
+        return order
 
     @torch.no_grad()
     def _states(self, batch: list[Sequence[int]]) -> Tensor:

@@ -160,10 +160,15 @@ def _fitted(run: Run) -> Artifact:
             log.warning("adapter.folder=%s holds adapters of %s, but the SLM is %s", settings.folder, other, slm.name)
         # Drawn on the CPU, whatever the device, and then fitted where the states are.
         stack.to(slm.device)
-        data = StreamData(_states(run, training, stack, run.config.adapter.seed), [_states(run, validation, stack, None)])
+        stream = _states(run, training, stack, run.config.adapter.seed)
+        data = StreamData(stream, [_states(run, validation, stack, None)])
         module = Distillation(stack, settings.loss, instantiate(settings.optimizer))
         trainer = run.trainer(
-            "adapters", folder, [ModelCheckpoint(folder / "checkpoints", save_last=True)], max_epochs=settings.epochs
+            "adapters",
+            folder,
+            [ModelCheckpoint(folder / "checkpoints", save_last=True)],
+            ids_of=lambda batch, epoch, number: _ids(run, stream.sequences(epoch, number)),
+            max_epochs=settings.epochs,
         )
         if ready is None:
             if stack.sink_Ld is not None:
@@ -212,6 +217,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             "context",
             folder,
             [best],
+            ids_of=lambda batch, epoch, number: _ids(run, [prompt for prompt, _ in batch.samples]),
             max_epochs=settings.epochs,
             accumulate_grad_batches=accumulation("adapter.context", settings),
             gradient_clip_val=settings.clip,
@@ -262,6 +268,13 @@ def _split(run: Run, source: Artifact) -> tuple[list[Answered], list[Answered]]:
             f"{len(samples)} correct answer is too few to distil from and to validate on; raise adapter.max_samples"
         )
     return samples[held_out:], samples[:held_out]
+
+
+def _ids(run: Run, texts: Sequence[Sequence[int]]) -> list[str]:
+    """Ids of the queries whose prompts some texts begin with."""
+    queries = [query for split in run.config.adapter.splits for query in run.splits[split]]
+    prompts = {query.id: tuple(run.tokens(query)[0]) for query in queries}
+    return [name for text in texts for name, prompt in prompts.items() if tuple(text[: len(prompt)]) == prompt]
 
 
 def _states(run: Run, samples: Sequence[Answered], stack: AdapterStack, seed: int | None) -> HiddenStateStream:

@@ -1,6 +1,6 @@
 """Ends a training whose loss is no number any more: what follows would be lost, and would look like a result."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -8,18 +8,28 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 _SHOWN = 8
+# From a batch, its epoch and its number in it: ids of the queries that it holds.
+IdsOf = Callable[[Any, int, int], Sequence[str]]
+
+
+def stated_ids(batch: Any, epoch: int, number: int) -> Sequence[str]:
+    """The ids that a batch states itself, if it does."""
+    ids: Sequence[str] = batch.get("ids", ()) if isinstance(batch, Mapping) else ()
+    return ids
 
 
 class FiniteLoss(Callback):
     """Refuses a loss that is NaN or infinite before its gradient reaches the weights."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, ids_of: IdsOf = stated_ids) -> None:
         """Names the training.
 
         Args:
             name: What is trained.
+            ids_of: What names the queries of a batch; it is asked once, when the loss is no number.
         """
         self._name = name
+        self._ids_of = ids_of
         self._batch: Any = None
         self._number = 0
 
@@ -37,7 +47,7 @@ class FiniteLoss(Callback):
         """
         if torch.isfinite(loss):
             return
-        ids = list(dict.fromkeys(self._batch.get("ids", ()))) if isinstance(self._batch, Mapping) else []
+        ids = list(dict.fromkeys(self._ids_of(self._batch, trainer.current_epoch, self._number)))
         queries = f", of the queries {', '.join(ids[:_SHOWN])}{', …' * (len(ids) > _SHOWN)}" if ids else ""
         kept = [path for callback in trainer.checkpoint_callbacks if (path := _newest(callback))]
         raise ValueError(

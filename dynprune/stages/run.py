@@ -26,7 +26,7 @@ from dynprune.data.tasks import Query
 from dynprune.plugins import concerned, import_plugins
 from dynprune.slm.adaptation import DELTA_FILES, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
-from dynprune.stages.finite_loss import FiniteLoss
+from dynprune.stages.finite_loss import FiniteLoss, IdsOf, stated_ids
 from dynprune.stages.progress import TrainingBar
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,13 @@ class Run:
         return prompt_tokens(self.slm.tokenizer, query), answer_tokens(self.slm.tokenizer, query)
 
     def trainer(
-        self, name: str, folder: Path, callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), **changes: Any
+        self,
+        name: str,
+        folder: Path,
+        callbacks: Sequence[Callback],
+        loggers: Sequence[Logger] = (),
+        ids_of: IdsOf = stated_ids,
+        **changes: Any,
     ) -> lightning.Trainer:
         """Lightning's trainer of the hardware's configuration, on one device unless the stage says otherwise.
 
@@ -178,6 +184,7 @@ class Run:
             folder: Where checkpoints go by default.
             callbacks: Callbacks beside the progress bar and the one that ends a training whose loss is no number.
             loggers: Loggers beside those of the run's configuration.
+            ids_of: See `FiniteLoss`.
             changes: Arguments of the trainer that are the stage's own.
         """
         configured: list[Logger] = [
@@ -191,7 +198,7 @@ class Run:
         return lightning.Trainer(
             default_root_dir=folder,
             logger=[*configured, *loggers] or False,
-            callbacks=[TrainingBar(), FiniteLoss(name), *callbacks],
+            callbacks=[TrainingBar(), FiniteLoss(name, ids_of), *callbacks],
             enable_model_summary=False,
             # The streams draw a new order for each epoch when their loader is made.
             reload_dataloaders_every_n_epochs=1,
