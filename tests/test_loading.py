@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynprune.slm.loading import load_tiny, resolve_dtype
+from dynprune.slm.loading import load_hf, load_tiny, resolve_dtype
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,21 @@ def test_auto_is_the_dtype_of_the_loaded_model(monkeypatch):
 def test_an_unknown_dtype_is_refused_with_those_that_are_allowed():
     with pytest.raises(ValueError, match=r"model\.dtype='int3' is unknown; allowed: auto, float32, bfloat16, float16"):
         load_tiny("llama", num_layers=2, hidden_size=32, seed=0, dtype="int3")
+
+
+def test_two_revisions_of_a_hub_model_have_two_names(tmp_path, monkeypatch):
+    """So that adapters of one are not taken for those of the other; the cache is laid out as huggingface_hub does it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--tiny"
+    commits = {"old": "a" * 40, "main": "b" * 40}
+    for seed, (revision, commit) in enumerate(commits.items()):
+        slm = load_tiny("llama", num_layers=2, hidden_size=32, seed=seed)
+        for part in (slm.model, slm.tokenizer):
+            part.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    assert load_hf("org/tiny", "float32").name == f"org/tiny@{commits['main']}"
+    assert load_hf("org/tiny", "float32", revision="old").name == f"org/tiny@{commits['old']}"
+    folder = repository / "snapshots" / commits["old"]
+    assert load_hf(str(folder), "float32").name == str(folder)

