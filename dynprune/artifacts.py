@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynprune.atomic import flush
+from dynprune.atomic import NOTES, damaged, flush, noting
 from dynprune.manifests import (
     MANIFEST,
     broken,
@@ -221,6 +221,9 @@ class Store:
             if (found["version"], {**found["config"], key: None}, found["data"], found["upstream"]) == wanted:
                 if not path.parent.name.endswith(_PARTIAL):
                     check_content(path.parent, path.stat().st_mtime_ns)
+                elif damaged(path.parent):
+                    # Whoever goes on in it makes that anew.
+                    continue
                 yield path.parent
 
     def _whole(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -265,6 +268,9 @@ class Store:
         partial = _partial(place)
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
+        for path in damaged(partial):
+            log.warning("%s is not what was written; it is removed, and made anew", path)
+            path.unlink()
         attempts = _earlier_attempts(partial)
         name = f"{place.parent.name} {place.name}"
         log.info("going on with %s in %s" if attempts else "building %s in %s", name, partial)
@@ -275,7 +281,8 @@ class Store:
         write_manifest(partial, manifest)
         begin = time.monotonic()
         try:
-            counts = _plain(build(partial), "counts")
+            with noting(partial):
+                counts = _plain(build(partial), "counts")
         except BaseException:
             attempt["seconds"] = time.monotonic() - begin
             write_manifest(partial, manifest)
@@ -284,6 +291,7 @@ class Store:
             log.warning("%s stopped after %.1f s; %s", name, attempt["seconds"], kept)
             raise
         attempt["seconds"] = time.monotonic() - begin
+        (partial / NOTES).unlink(missing_ok=True)
         manifest |= {
             "wall_clock_s": sum(each["seconds"] for each in manifest["attempts"]),
             "counts": counts,

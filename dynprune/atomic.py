@@ -1,14 +1,67 @@
-"""Files that are either complete or not there: write beside the target, flush to the disk, rename."""
+"""Files that are either complete or not there: write beside the target, flush to the disk, rename.
 
+While a folder is being built, the hash of each file that is put there is noted in it, so that a later attempt can tell what is
+still as it was written.
+"""
+
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NOTES = "written.txt"
+"""Where a folder that is being built notes its files: a line for each time that one is written, its SHA-256 and its path."""
+_noting: list[Path] = []
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def noting(folder: Path) -> Iterator[None]:
+    """Note the hash of what `replacing` puts into a folder, as long as the block runs.
+
+    Args:
+        folder: The folder; it must exist.
+    """
+    _noting.append(folder)
+    try:
+        yield
+    finally:
+        _noting.remove(folder)
+
+
+def damaged(folder: Path) -> list[Path]:
+    """Find the files of a folder that are not as they were noted; what is not noted, or not there any more, passes.
+
+    Args:
+        folder: A folder that was built inside `noting`.
+    """
+    path = folder / NOTES
+    # A kill tears a line; a note that is damaged itself makes its file look so, which costs no more than its content.
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    notes = {name: noted for noted, space, name in (line.partition(" ") for line in lines) if space}
+    files = ((file, notes.get(file.relative_to(folder).as_posix())) for file in folder.rglob("*") if file.is_file())
+    return [file for file, noted in files if noted is not None and sha256(file) != noted]
+
+
+def next_number(folder: Path, pattern: str) -> int:
+    """The number for one more of the numbered files in a folder: one above the largest, since some may have been removed.
+
+    Args:
+        folder: The folder.
+        pattern: Their names, such as ``part-*.json``; a number stands between the last hyphen and the suffix.
+    """
+    return 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob(pattern)), default=-1)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path, appended: bool = False) -> Iterator[Path]:
     """Give a temporary path beside `path`; what the block writes there becomes `path` when it ends well.
 
     A reader sees the old file or the whole new one, never a part, and so does a reader after a power cut. If
@@ -16,6 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file to create or to replace. Its folder is created where it is missing.
+        appended: Whether more will be written behind its end, so that its hash is not to be noted.
 
     Yields:
         The path to write to: in the same folder, with the same suffix, since some writers look at the suffix.
@@ -29,8 +83,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         flush(temporary)
+        found = sha256(temporary) if _noting and not appended else None
         os.replace(temporary, path)
     flush(path.parent)
+    for root in _noting:
+        if found is not None and path.is_relative_to(root):
+            with (root / NOTES).open("a", encoding="utf-8") as file:
+                # On a line of its own, even if a kill tore the one before.
+                file.write(f"\n{found} {path.relative_to(root).as_posix()}")
 
 
 def flush(path: Path) -> None:

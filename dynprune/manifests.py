@@ -1,6 +1,5 @@
 """The manifest of an artifact: the file that says what made it, with which releases, and what that took."""
 
-import hashlib
 import json
 import platform
 import resource
@@ -12,7 +11,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from dynprune.atomic import replacing
+from dynprune.atomic import replacing, sha256
 
 MANIFEST = "manifest.json"
 
@@ -71,7 +70,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def content_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in a folder but its manifest, by its path in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 @cache
@@ -89,13 +88,8 @@ def check_content(folder: Path, written: int) -> None:
         path = folder / name
         if not path.is_file():
             raise broken(path, "is missing", folder)
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise broken(path, "is not what was written", folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

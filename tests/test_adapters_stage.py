@@ -2,10 +2,15 @@
 
 import csv
 import json
+from pathlib import Path
 
+import lightning
 import pytest
+import torch
 from tiny import composed, dynprune
 
+from dynprune.adapters.checkpoint import load_adapters
+from dynprune.adapters.distillation import Distillation
 from dynprune.evaluation.run_results import read_run
 from dynprune.stages.adapters import adapters, fit_adapters
 from dynprune.stages.run import Run
@@ -36,6 +41,37 @@ def test_adapters_made_before_there_was_a_choice_of_the_last_target_are_those_of
     assert "last_target" not in made
     made = json.loads((adapters(tiny(tmp_path, "adapter.last_target=final_norm")).folder / "manifest.json").read_text())
     assert made["config"]["adapter"]["last_target"] == "final_norm"
+
+
+def test_a_checkpoint_that_was_damaged_is_left_out_and_the_training_starts_over(tmp_path, monkeypatch, caplog):
+    (tmp_path / "whole").mkdir()
+    typed = ("adapter=bottleneck", "adapter.bottleneck=8", "adapter.epochs=3")
+    whole = load_adapters(adapters(tiny(tmp_path / "whole", *typed)).folder).state_dict()
+    starts = []
+    fit = lightning.Trainer.fit
+
+    def stopped(trainer: lightning.Trainer, module: Distillation, data: object, ckpt_path: Path | None) -> None:
+        starts.append(ckpt_path)
+        if len(starts) < 3:
+            trainer.fit_loop.max_epochs = len(starts)
+        fit(trainer, module, data, ckpt_path=ckpt_path)
+        if len(starts) < 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightning.Trainer, "fit", stopped)
+    for damaged in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            adapters(tiny(tmp_path, *typed))
+        [checkpoint] = tmp_path.glob("artifacts/adapters/*.partial/checkpoints/last.ckpt")
+        if damaged:
+            content = bytearray(checkpoint.read_bytes())
+            content[len(content) // 2] ^= 1
+            checkpoint.write_bytes(content)
+    made = load_adapters(adapters(tiny(tmp_path, *typed)).folder).state_dict()
+    assert [start is None for start in starts] == [True, False, True]
+    assert "last.ckpt is not what was written; it is removed, and made anew" in caplog.text
+    assert made.keys() == whole.keys()
+    assert all(torch.equal(made[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dynprune.artifacts import Store, fingerprint
+from dynprune.atomic import replacing
 from dynprune.manifests import check_content
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -209,6 +210,49 @@ def test_a_stage_that_cannot_resume_starts_in_an_empty_folder(tmp_path, caplog):
     artifact = get(tmp_path, resumable=False)
     assert {path.name for path in artifact.folder.iterdir()} == {"manifest.json", "answer.txt"}
     assert len(artifact.manifest["attempts"]) == 1
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_was_damaged_since_the_earlier_attempt_is_made_anew_and_the_rest_is_kept(tmp_path, caplog):
+    present = []
+
+    def build(folder: Path) -> dict[str, int]:
+        present.append(sorted(path.name for path in folder.glob("*.json") if path.name != "manifest.json"))
+        for name in ("a.json", "b.json", "c.json"):
+            if not (folder / name).exists():
+                with replacing(folder / name) as path:
+                    path.write_text(f"[1, 2, {len(present)}]")
+        if len(present) == 1:
+            with replacing(folder / "log.json", appended=True) as path:
+                path.write_text("[]")
+            (folder / "log.json").write_text("[] []")
+            # What is written a second time is as it was written last.
+            with replacing(folder / "c.json") as path:
+                path.write_text("[4, 5, 6]")
+            raise OSError("disk full")
+        return {}
+
+    with pytest.raises(OSError, match="disk full"):
+        get(tmp_path, build)
+    partial = tmp_path / "explore" / f"{fingerprint(**INPUTS)}.partial"
+    like = INPUTS | {"config": {"strategy": "dfs", "limit": 30}}
+    assert list(Store(tmp_path).differing_in("limit", **like)) == [partial]
+    flip(partial / "b.json")
+    # A kill tears the last line.
+    with (partial / "written.txt").open("a") as file:
+        file.write("0123")
+    assert list(Store(tmp_path).differing_in("limit", **like)) == []
+    artifact = get(tmp_path, build)
+    assert present == [[], ["a.json", "c.json", "log.json"]]
+    assert f"{partial / 'b.json'} is not what was written; it is removed, and made anew" in caplog.text
+    found = {path.name: path.read_text() for path in artifact.folder.iterdir() if path.name != "manifest.json"}
+    assert found == {"a.json": "[1, 2, 1]", "b.json": "[1, 2, 2]", "c.json": "[4, 5, 6]", "log.json": "[] []"}
+    assert set(artifact.manifest["files"]) == set(found)
 
 
 def write_half_and_hang(root: Path, written) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from dynprune.data.parquet import Header, header_of, open_parquet, with_header
 
 log = logging.getLogger(__name__)
 _SHARDS = "rollouts-*.parquet"
-_JOURNAL = "in-flight.jsonl"
+_JOURNAL = "in-flight.txt"
 _SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -157,7 +158,7 @@ class RolloutWriter:
 
 
 class Journal:
-    """What the searches in flight have found, a JSON object a line, for the attempt after this one.
+    """What the searches in flight have found, for the attempt after this one: a line each, a JSON object and its checksum.
 
     Attributes:
         found: What an earlier attempt found for queries that are not complete, in the order in which it came.
@@ -173,7 +174,7 @@ class Journal:
         self._path = folder / _JOURNAL
         read = list(_read_journal(self._path)) if self._path.exists() else []
         self.found: list[Tried] = [one for one in read if one.id not in completed_ids]
-        with replacing(self._path) as path:
+        with replacing(self._path, appended=True) as path:
             path.write_text("".join(map(_line, self.found)), encoding="utf-8")
 
     def append(self, tried: Iterable[Tried]) -> None:
@@ -187,7 +188,12 @@ class Journal:
 
 
 def _line(tried: Tried) -> str:
-    return json.dumps(asdict(tried)) + "\n"
+    record = json.dumps(asdict(tried))
+    return f"{record}\t{_checksum(record)}\n"
+
+
+def _checksum(record: str) -> str:
+    return f"{zlib.crc32(record.encode()):08x}"
 
 
 def _read_journal(path: Path) -> Iterator[Tried]:
@@ -197,7 +203,10 @@ def _read_journal(path: Path) -> Iterator[Tried]:
         if not line:
             return
         try:
-            record = json.loads(line)
+            text, _, checksum = line.rpartition("\t")
+            if checksum != _checksum(text):
+                raise ValueError("the line is not what was written")
+            record = json.loads(text)
             record["pruned_layers"] = tuple(record["pruned_layers"])
             yield Rollout(**record) if "score" in record else Likelihood(**record)
         except (ValueError, KeyError, TypeError):

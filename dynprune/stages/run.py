@@ -26,6 +26,7 @@ from dynprune.data.tasks import Query
 from dynprune.plugins import concerned, import_plugins
 from dynprune.slm.adaptation import DELTA_FILES, trained_functions
 from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
+from dynprune.stages.checkpoints import WholeCheckpoints
 from dynprune.stages.finite_loss import FiniteLoss, IdsOf, stated_ids
 from dynprune.stages.progress import TrainingBar
 
@@ -199,6 +200,7 @@ class Run:
             default_root_dir=folder,
             logger=[*configured, *loggers] or False,
             callbacks=[TrainingBar(), FiniteLoss(name, ids_of), *callbacks],
+            plugins=[WholeCheckpoints()],
             enable_model_summary=False,
             # The streams draw a new order for each epoch when their loader is made.
             reload_dataloaders_every_n_epochs=1,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing
+from dynprune.atomic import next_number, replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Asked, Sample, run_queries
 from dynprune.evaluation.lossless import run_lossless
@@ -174,7 +174,7 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
     configuration_mask(run.slm, [layers for _, layers in rows_of])
 
     def build(folder: Path) -> dict[str, Any]:
-        number = len(list(folder.glob(_PARTS)))
+        number = next_number(folder, _PARTS)
         mine = _read_parts(folder)
         answers.add(mine)
         kept = {(sample.id, sample.pruned_layers) for sample in mine}

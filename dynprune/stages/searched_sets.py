@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing
+from dynprune.atomic import next_number, replacing
 from dynprune.baselines.by_embedding import cluster
 from dynprune.baselines.static_search import accurate_static_sets, greedy_static_sets
 from dynprune.data.tasks import Query
@@ -27,6 +27,7 @@ from dynprune.stages.run import Run, digest, once_a_run
 from dynprune.stages.sizes import sizes_of
 
 VERSION = 1
+_LOSSES = "losses-*.json"
 SEARCHED = ("static_accuracy", "nearest_centroid", "pudding")
 """The baselines that search sets among ``evaluation.static_candidates`` layers, as the rows of ``evaluation.static`` do."""
 
@@ -212,11 +213,11 @@ def _measure(run: Run, folder: Path, queries: Sequence[Query], sets: Sequence[Se
     done = read_losses(folder)
     left = [query for query in queries if query.id not in done]
     samples = [run.tokens(query) for query in left]
-    parts = len(list(folder.glob("losses-*.json")))
+    first = next_number(folder, _LOSSES)
     with pruner_of(run, adapters(run)) as pruner:
         measured = score_configurations(run.slm, pruner, samples, sets)
         batches = track(measured, title, len(similar_samples(run.slm, samples)))
-        for part, (positions, scores) in enumerate(batches, start=parts):
+        for part, (positions, scores) in enumerate(batches, start=first):
             loss_BS = torch.stack([scored.nats_per_token_B for scored in scores], dim=1).tolist()
             losses = {left[position].id: loss_S for position, loss_S in zip(positions, loss_BS, strict=True)}
             with replacing(folder / f"losses-{part:05d}.json") as path:
@@ -226,7 +227,7 @@ def _measure(run: Run, folder: Path, queries: Sequence[Query], sets: Sequence[Se
 def read_losses(folder: Path) -> dict[str, list[float]]:
     """The losses in an artifact, in nats a token: by query id, one for each set."""
     losses: dict[str, list[float]] = {}
-    for path in sorted(folder.glob("losses-*.json")):
+    for path in sorted(folder.glob(_LOSSES)):
         losses |= json.loads(path.read_text(encoding="utf-8"))
     return losses
 
