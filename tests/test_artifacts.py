@@ -243,9 +243,9 @@ def test_what_was_damaged_since_the_earlier_attempt_is_made_anew_and_the_rest_is
     like = INPUTS | {"config": {"strategy": "dfs", "limit": 30}}
     assert list(Store(tmp_path).differing_in("limit", **like)) == [partial]
     flip(partial / "b.json")
-    # A kill tears the last line.
+    # A kill tears a line.
     with (partial / "written.txt").open("a") as file:
-        file.write("0123")
+        file.write("\n0123")
     assert list(Store(tmp_path).differing_in("limit", **like)) == []
     artifact = get(tmp_path, build)
     assert present == [[], ["a.json", "c.json", "log.json"]]
