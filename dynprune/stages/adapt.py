@@ -65,7 +65,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
     settings = run.config.adapt
     draw = drawing(run, stand_ins) if settings.layer_dropout else None
     # The SLM that the adapters were measured on makes room for the one that is trained.
-    vars(run).pop("slm", None)
+    run.release_slm()
     # The SLM as it was before its delta: that is what the delta is trained on.
     slm: SLM = instantiate(run.config.model, delta=None, device=run.config.hardware.device)
     data = AnswerData(queries, slm.tokenizer, settings.swap, settings.compose, settings.micro_batch_size, run.config.seed)

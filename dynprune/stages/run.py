@@ -41,6 +41,8 @@ _NAMED = (
 )
 # Whole numbers, and the smallest that makes sense.
 _LEAST = {"seed": 0, "adapter.seed": 0, "exploration.seed": 0, "adapter.max_samples": 1, "evaluation.latency.queries": 0}
+# The SLM that was loaded last, by what identifies it.
+_loaded: dict[str, SLM] = {}
 _MIXED_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 
@@ -78,10 +80,19 @@ class Run:
 
     @cached_property
     def slm(self) -> SLM:
-        """The SLM, loaded."""
-        log.info("loading the SLM")
-        slm: SLM = instantiate(self.config.model, device=self.config.hardware.device)
-        return slm
+        """The SLM, loaded; the jobs of a sweep that run in one process share it."""
+        key = json.dumps([self.model_identity, self.config.hardware.device], sort_keys=True)
+        if key not in _loaded:
+            # One at a time: another job's makes room.
+            _loaded.clear()
+            log.info("loading the SLM")
+            _loaded[key] = instantiate(self.config.model, device=self.config.hardware.device)
+        return _loaded[key]
+
+    def release_slm(self) -> None:
+        """Makes room for another SLM; asked for again, this one is loaded again."""
+        vars(self).pop("slm", None)
+        _loaded.clear()
 
     @cached_property
     def splits(self) -> dict[str, list[Query]]:
