@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dynprune.atomic import NOTES, damaged, flush, noting
+from dynprune.atomic import NOTES, damaged, flush, noting, remove_leftovers
 from dynprune.manifests import (
     MANIFEST,
     broken,
@@ -268,6 +268,7 @@ class Store:
         partial = _partial(place)
         if partial.exists() and not resumable:
             shutil.rmtree(partial)
+        remove_leftovers(partial)
         for path in damaged(partial):
             log.warning("%s is not what was written; it is removed, and made anew", path)
             path.unlink()

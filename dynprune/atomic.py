@@ -6,6 +6,7 @@ still as it was written.
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,9 +40,32 @@ def damaged(folder: Path) -> list[Path]:
     path = folder / NOTES
     # A kill tears a line; a note that is damaged itself makes its file look so, which costs no more than its content.
     lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
-    notes = {name: noted for noted, space, name in (line.partition(" ") for line in lines) if space}
-    files = ((file, notes.get(file.relative_to(folder).as_posix())) for file in folder.rglob("*") if file.is_file())
-    return [file for file, noted in files if noted is not None and sha256(file) != noted]
+    notes: dict[str, set[str]] = {}
+    for noted, space, name in (line.partition(" ") for line in lines):
+        # Of a folder from elsewhere: no name leads out of it.
+        if space and ".." not in Path(name).parts and not Path(name).is_absolute():
+            notes.setdefault(name, set()).add(noted)
+    found = {name: _sha256_if_there(folder / name) for name in notes}
+    return [folder / name for name, digest in found.items() if digest is not None and digest not in notes[name]]
+
+
+def _sha256_if_there(path: Path) -> str | None:
+    # Another process may be replacing it, or publishing its folder.
+    try:
+        return sha256(path)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed inside `replacing` left in a folder that nobody else writes to.
+
+    Args:
+        folder: The folder.
+    """
+    for leftover in list(folder.rglob(".*.*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
 
 
 def next_number(folder: Path, pattern: str) -> int:
@@ -83,14 +107,20 @@ def replacing(path: Path, appended: bool = False) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         flush(temporary)
-        found = sha256(temporary) if _noting and not appended else None
+        if not appended:
+            _note(path, temporary)
         os.replace(temporary, path)
     flush(path.parent)
+
+
+def _note(path: Path, content: Path) -> None:
+    """Notes what a file is about to hold: a kill before it does leaves the older content, which was noted as well."""
     for root in _noting:
-        if found is not None and path.is_relative_to(root):
+        if path.is_relative_to(root):
             with (root / NOTES).open("a", encoding="utf-8") as file:
                 # On a line of its own, even if a kill tore the one before.
-                file.write(f"\n{found} {path.relative_to(root).as_posix()}")
+                file.write(f"\n{sha256(content)} {path.relative_to(root).as_posix()}")
+            flush(root / NOTES)
 
 
 def flush(path: Path) -> None:

@@ -31,7 +31,7 @@ from dynprune.router.router import Router
 from dynprune.slm.cache import ReservingCache
 from dynprune.slm.decoding import decode_pruned
 from dynprune.slm.generation import Request, generate_all
-from dynprune.slm.loading import SLM, delta_folder, is_shipped_delta, load_gguf, load_hf, load_tiny
+from dynprune.slm.loading import SLM, delta_folder, is_shipped_delta, load_gguf, load_hf, load_tiny, resolve_dtype
 from dynprune.slm.pruning import LayerPruner
 
 _FORMAT = 1
@@ -92,7 +92,8 @@ class DynamicModel:
         Args:
             path_or_hub_id: A folder that `save_pretrained` wrote, or a Hub id.
             revision: Commit or tag on the Hub.
-            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``; that of the run it came from by default.
+            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, for the router's frozen encoder too; that of the run it
+                came from by default.
             device: Torch device.
 
         Raises:
@@ -110,7 +111,7 @@ class DynamicModel:
             arguments["dtype"] = dtype
         slm = _LOADERS[source["kind"]](**arguments, device=device)
         adapters = load_adapters(folder / _ADAPTERS) if (folder / _ADAPTERS).is_dir() else None
-        router, extra = load_router(folder / _ROUTER, slm)
+        router, extra = load_router(folder / _ROUTER, slm, None if dtype is None else resolve_dtype(dtype, device))
         _check_fits(folder, slm, adapters, router)
         card = folder / _CARD
         return cls(

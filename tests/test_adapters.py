@@ -187,6 +187,20 @@ def test_the_stream_yields_what_goes_in_and_out_of_each_layer_also_of_the_last(m
     torch.testing.assert_close(mistaken[-1], hidden[-1][0])
 
 
+def test_a_batch_is_named_by_its_epoch_and_its_place_in_it(make_slm):
+    slm = make_slm()
+    stream = HiddenStateStream(slm, sequences(12), batch_tokens=20, seed=1)
+    orders = []
+    for epoch in (0, 1, 2):
+        stream.set_epoch(epoch)
+        orders.append([stream.sequences(epoch, number) for number in range(len(stream))])
+        for states, texts in zip(stream, orders[-1], strict=True):
+            # The first state is the tokens' embedding.
+            tokens = torch.tensor([token for text in texts for token in text])
+            assert torch.equal(states[0], slm.model.get_input_embeddings()(tokens))
+    assert orders[0] != orders[1] != orders[2]
+
+
 def test_padding_never_reaches_the_adapters_and_every_token_comes_once_an_epoch(make_slm):
     slm = make_slm()
     texts = sequences()

@@ -74,6 +74,31 @@ def test_a_checkpoint_that_was_damaged_is_left_out_and_the_training_starts_over(
     assert all(torch.equal(made[name], whole[name]) for name in whole)
 
 
+def test_a_best_checkpoint_that_was_damaged_after_the_last_epoch_is_said_and_the_next_attempt_trains_anew(
+    tmp_path, monkeypatch
+):
+    typed = ("adapter.bottleneck=8", "adapter.context.epochs=2", "adapter.draw.max_layers=3")
+    validate = lightning.Trainer.validate
+
+    def stopped(trainer: lightning.Trainer, module: lightning.LightningModule, data: object, verbose: bool) -> object:
+        # The errors are measured once the training together has ended.
+        if isinstance(module, Distillation) and list(tmp_path.glob("artifacts/context/*.partial")):
+            raise KeyboardInterrupt
+        return validate(trainer, module, data, verbose=verbose)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning.Trainer, "validate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            adapters(tiny(tmp_path, *typed))
+    [best] = tmp_path.glob("artifacts/context/*.partial/checkpoints/epoch*.ckpt")
+    best.write_bytes(best.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"without its best checkpoint, .* type the same command again, which trains anew"):
+        adapters(tiny(tmp_path, *typed))
+    (tmp_path / "whole").mkdir()
+    made, whole = (load_adapters(adapters(tiny(folder, *typed)).folder) for folder in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(one, other) for one, other in zip(made.parameters(), whole.parameters(), strict=True))
+
+
 @pytest.mark.slow
 def test_a_sweep_of_adapters_ends_with_their_errors_side_by_side(tmp_path):
     options = ("adapter.bottleneck=8", "hydra.sweep.dir=sweep")

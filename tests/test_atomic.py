@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from dynprune.atomic import replacing
+from dynprune.atomic import damaged, next_number, noting, remove_leftovers, replacing
 
 
 def test_the_file_appears_with_what_the_block_wrote(tmp_path):
@@ -51,3 +53,50 @@ def test_what_a_killed_writer_leaves_is_not_taken_for_a_file_of_that_kind(tmp_pa
     with replacing(tmp_path / "shard.parquet") as temporary:
         temporary.write_text("half")
         assert list(tmp_path.glob("*.parquet")) == []
+
+
+@pytest.mark.parametrize("before_the_rename", [True, False])
+def test_a_kill_around_the_rename_leaves_a_file_that_passes(tmp_path, monkeypatch, before_the_rename):
+    def killed(source, target):
+        if not before_the_rename:
+            rename(source, target)
+        raise KeyboardInterrupt
+
+    rename = os.replace
+    with noting(tmp_path):
+        with replacing(tmp_path / "last.ckpt") as path:
+            path.write_text("first epoch")
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "last.ckpt") as path:
+            path.write_text("second epoch")
+    assert (tmp_path / "last.ckpt").read_text() == ("first epoch" if before_the_rename else "second epoch")
+    assert damaged(tmp_path) == []
+    (tmp_path / "last.ckpt").write_text("second  poch")
+    assert damaged(tmp_path) == [tmp_path / "last.ckpt"]
+
+
+def test_notes_lead_to_no_file_outside_of_their_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "written.txt").write_text(f"0 ../mine.txt\n0 {tmp_path / 'mine.txt'}\n0 gone.txt\n0 .")
+    assert damaged(folder) == []
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / "checkpoints/.last.ckpt.abcd1234"
+    left.mkdir(parents=True)
+    (left / "last.ckpt").write_text("half")
+    kept = [tmp_path / name for name in ("part-00000.json", "checkpoints/last.ckpt", ".hidden.json")]
+    for path in kept:
+        path.write_text("whole")
+    remove_leftovers(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
+def test_the_next_number_is_above_the_largest_whatever_was_removed(tmp_path):
+    assert next_number(tmp_path, "part-*.json") == 0
+    for number in (0, 2, 10):
+        (tmp_path / f"part-{number:05d}.json").touch()
+    (tmp_path / "other-00099.json").touch()
+    assert next_number(tmp_path, "part-*.json") == 11

@@ -75,6 +75,15 @@ def test_a_round_trip_gives_the_same_tokens_and_the_same_files(model, tmp_path):
     assert all((tmp_path / "copy" / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
 
 
+def test_a_number_format_is_that_of_the_slm_the_adapters_and_the_frozen_encoder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    half = DynamicModel.from_pretrained(tmp_path / "model", dtype="bfloat16")
+    for part in (half.slm.model, half.adapters, half.router.encoder):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in half.router.layers_hidden.parameters()} == {torch.float32}
+    assert len(half.route(["Add 1 and 2."], TOOLS)) == 1
+
+
 def test_one_question_one_answer_and_several_a_list(model):
     alone = model.generate("Add 1 and 2.", TOOLS, max_new_tokens=5)
     several = model.generate(["Add 1 and 2.", "Add 3."], TOOLS, max_new_tokens=5)

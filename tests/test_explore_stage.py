@@ -44,15 +44,15 @@ def test_a_guided_search_that_was_stopped_goes_on_and_leaves_what_one_that_was_n
         patch.setattr(RolloutWriter, "append", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             explore(tiny(tmp_path / "stopped", *GUIDED))
-    [journal] = (tmp_path / "stopped/artifacts/explore").glob("*.partial/in-flight.txt")
-    in_flight = [json.loads(line.partition("\t")[0]) for line in journal.read_text().splitlines()]
+    [journal] = (tmp_path / "stopped/artifacts/explore").glob("*.partial/in-flight.jsonl")
+    in_flight = list(map(json.loads, journal.read_text().splitlines()))
     with caplog.at_level("INFO"):
         artifact = explore(tiny(tmp_path / "stopped", *GUIDED))
     assert artifact.manifest["counts"]["resumed_queries"] == 2
     done = {query_id for rollouts in appended for query_id in (rollout.id for rollout in rollouts)}
     resumed = [record for record in in_flight if record["id"] not in done]
     assert artifact.manifest["counts"]["resumed_in_flight"] == len(resumed) > 0
-    assert not (artifact.folder / "in-flight.txt").exists()
+    assert not (artifact.folder / "in-flight.jsonl").exists()
 
     rollouts, likelihoods = everything(whole)
     assert everything(artifact.folder) == (rollouts, likelihoods)

@@ -81,7 +81,7 @@ def test_a_router_whose_training_runs_away_is_no_router(tmp_path):
         ("context", ("adapter.context.epochs=3", "adapter.context.optimizer.lr=1e30", "adapter.draw.max_layers=3")),
     ],
 )
-def test_adapters_whose_training_runs_away_name_the_queries_of_the_batch(name, typed, tmp_path):
+def test_adapters_whose_training_runs_away_name_queries_of_the_batch(name, typed, tmp_path):
     with pytest.raises(ValueError, match=rf"^{name}: the loss is (nan|-?inf) at step \d+ ") as refused:
         run_tiny(tmp_path, "away", "stage=adapters", *typed)
     named = set(re.findall(r"of the queries ([^…);]+)", str(refused.value))[0].split(", "))

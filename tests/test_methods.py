@@ -104,16 +104,13 @@ def test_each_method_learns_to_prefer_the_winners(method):
 
 def test_value_regression_prunes_no_deeper_than_the_rollouts_it_learned_from():
     module = training("value")
-    own = learnt_from(module, pairs(module))
-    deeper = own | {"mask_BL": torch.ones(8, L, dtype=torch.bool)}
-    module.eval().training_loss(module.outputs(deeper), deeper)
-    module.train().training_loss(module.outputs(own), own)
-    tried = own["mask_BL"].sum(dim=1).amax()
-    assert tried < L
+    module._trainer = types.SimpleNamespace(datamodule=types.SimpleNamespace(training=types.SimpleNamespace(deepest=4)))
     # Heads that promise much, whatever is pruned.
     promising = RouterOutputs(torch.full((1, L), 5.0), NormalRatio(torch.tensor([0.9]), torch.tensor([-5.0])))
-    assert module.policy.mode(promising).sum() == tried
-    assert build_policy(module.policy.config()).mode(promising).sum() == tried
+    assert module.policy.mode(promising).sum() == L
+    module.on_fit_start()
+    assert module.policy.mode(promising).sum() == 4
+    assert build_policy(module.policy.config()).mode(promising).sum() == 4
 
 
 @pytest.mark.parametrize("method", METHODS)

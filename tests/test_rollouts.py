@@ -1,7 +1,9 @@
+import json
 import os
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -371,7 +373,7 @@ def test_a_journal_keeps_what_searches_in_flight_found_but_for_a_torn_line_and_w
     assert journal.found == []
     journal.append(found[:2])
     journal.append(found[2:])
-    with (tmp_path / "in-flight.txt").open("a") as file:
+    with (tmp_path / "in-flight.jsonl").open("a") as file:
         file.write('{"id": "b", "pruned_lay')
     again = Journal(tmp_path, completed_ids=())
     assert again.found == found
@@ -386,22 +388,27 @@ def test_a_journal_keeps_what_searches_in_flight_found_but_for_a_torn_line_and_w
 def test_a_line_of_a_journal_that_says_something_else_than_what_was_written_is_left_out(tmp_path):
     found = [Likelihood("a", (number,), float(number)) for number in range(3)]
     Journal(tmp_path, completed_ids=()).append(found)
-    path = tmp_path / "in-flight.txt"
+    path = tmp_path / "in-flight.jsonl"
     text = path.read_text()
     assert text.count("1.0") == 1
     path.write_text(text.replace("1.0", "1.5"))
     assert Journal(tmp_path, completed_ids=()).found == found[:1]
 
 
+def sealed(record: dict) -> bytes:
+    """A line that was written as it is, by another version perhaps."""
+    return json.dumps({**record, "crc32": zlib.crc32(json.dumps(record).encode())}).encode()
+
+
 @pytest.mark.parametrize(
-    "broken", [b"\0\0\0", b'{"id": "b"}', b"[1]", b'{"id": "a", "pruned_layers": 1, "nats_per_token": 1}', b"\xff"]
+    "broken", [b"\0\0\0", b'{"id": "b"}', b"[1]", b"1", sealed({"id": "b"}), sealed({"id": "b", "pruned_layers": 1}), b"\xff"]
 )
 def test_a_journal_is_read_up_to_what_is_broken(tmp_path, caplog, broken):
     found = [Likelihood("a", (number,), float(number)) for number in range(3)]
     Journal(tmp_path, completed_ids=()).append(found)
-    path = tmp_path / "in-flight.txt"
+    path = tmp_path / "in-flight.jsonl"
     first, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, broken, b"\n", *others]))
     assert Journal(tmp_path, completed_ids=()).found == found[:1]
-    assert "in-flight.txt is broken from line 2 on" in caplog.text
+    assert "in-flight.jsonl is broken from line 2 on" in caplog.text
     assert path.read_bytes() == first

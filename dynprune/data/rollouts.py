@@ -17,7 +17,7 @@ import math
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +25,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dynprune.atomic import replacing
+from dynprune.atomic import remove_leftovers, replacing
 from dynprune.data.parquet import Header, header_of, open_parquet, with_header
 
 log = logging.getLogger(__name__)
 _SHARDS = "rollouts-*.parquet"
-_JOURNAL = "in-flight.txt"
+_JOURNAL = "in-flight.jsonl"
+_CHECKSUM = "crc32"
 _SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -112,8 +113,7 @@ class RolloutWriter:
         self._folder = folder
         self._header = Header(num_layers, score)
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{_SHARDS}.*"):
-            shutil.rmtree(leftover)
+        remove_leftovers(folder)
         paths = _shards(folder)
         for path in paths:
             with open_parquet(path, _SCHEMA) as file:
@@ -158,7 +158,7 @@ class RolloutWriter:
 
 
 class Journal:
-    """What the searches in flight have found, for the attempt after this one: a line each, a JSON object and its checksum.
+    """What the searches in flight have found, a JSON object with its checksum a line, for the attempt after this one.
 
     Attributes:
         found: What an earlier attempt found for queries that are not complete, in the order in which it came.
@@ -188,12 +188,12 @@ class Journal:
 
 
 def _line(tried: Tried) -> str:
-    record = json.dumps(asdict(tried))
-    return f"{record}\t{_checksum(record)}\n"
+    record = asdict(tried)
+    return json.dumps({**record, _CHECKSUM: _checksum(record)}) + "\n"
 
 
-def _checksum(record: str) -> str:
-    return f"{zlib.crc32(record.encode()):08x}"
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _read_journal(path: Path) -> Iterator[Tried]:
@@ -203,13 +203,12 @@ def _read_journal(path: Path) -> Iterator[Tried]:
         if not line:
             return
         try:
-            text, _, checksum = line.rpartition("\t")
-            if checksum != _checksum(text):
+            record = json.loads(line)
+            if record.pop(_CHECKSUM) != _checksum(record):
                 raise ValueError("the line is not what was written")
-            record = json.loads(text)
             record["pruned_layers"] = tuple(record["pruned_layers"])
             yield Rollout(**record) if "score" in record else Likelihood(**record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             log.warning("%s is broken from line %d on; what stood there is found anew", path, number)
             return
 

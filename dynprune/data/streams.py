@@ -158,6 +158,7 @@ class RolloutStream(_Stream):
         num_layers: L.
         num_items: Items of an epoch, on all ranks together.
         num_pruned: Their pruned layers, all together.
+        deepest: The most layers that one of them prunes.
     """
 
     def __init__(
@@ -190,13 +191,15 @@ class RolloutStream(_Stream):
         self._keep = keep
         self._only_kept = only_kept
         self.num_layers = read_header(folder).num_layers
-        self.num_pruned = 0
+        self.num_pruned = self.deepest = 0
         any_kept = False
         sizes = []
         for shard in range(len(self._shards)):
             items = self._items(shard)
             sizes.append(len(items))
-            self.num_pruned += sum(int(item["mask_L"].sum()) for item in items)
+            depths = [int(item["mask_L"].sum()) for item in items]
+            self.num_pruned += sum(depths)
+            self.deepest = max([self.deepest, *depths])
             any_kept = any_kept or any(item["desirable"] for item in items)
         if not any_kept:
             raise ValueError(

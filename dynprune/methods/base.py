@@ -50,12 +50,14 @@ class RouterTraining(lightning.LightningModule):
         learns_from: What the method trains on: preference ``pairs``; ``successes``, the rollouts that pass the filter of
             ``method.min_score`` and ``method.min_share_of_deepest``; ``verdicts``, all rollouts, each with whether it passes;
             ``scores``, all rollouts, and no filter is asked for.
+        version: Raised by hand when the method's code changes what is learned from the same settings.
         router: The router.
         policy: The distribution over configurations that the router's outputs define.
         calibration: How well what `calibrated` returns is calibrated; its columns are the layers that may be pruned.
     """
 
     learns_from: ClassVar[Literal["pairs", "successes", "verdicts", "scores"]]
+    version: ClassVar[int] = 1
 
     def __init__(
         self,

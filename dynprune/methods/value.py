@@ -22,6 +22,8 @@ class ValueRegression(RouterTraining):
     """Trains a router by `value_loss`."""
 
     learns_from = "scores"
+    # From 2 on it prunes no deeper than the rollouts do.
+    version = 2
     policy: ValuePolicy
 
     def __init__(self, router: Router, policy: Policy, optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]) -> None:
@@ -44,11 +46,12 @@ class ValueRegression(RouterTraining):
         # The equation has no σ; DDP refuses a parameter that gets no gradient.
         router.ratio_log_std.requires_grad_(False)
 
+    def on_fit_start(self) -> None:
+        """Lets the search go no deeper than the training data does: what is predicted beyond it is extrapolation."""
+        self.policy.deepest = self.trainer.datamodule.training.deepest  # type: ignore[attr-defined]
+
     def training_loss(self, outputs: RouterOutputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of `value_loss` over the rollouts of the batch."""
-        if self.training:
-            # Processes that train together share each epoch's rollouts out anew: every one of them soon sees the deepest.
-            self.policy.deepest = max(self.policy.deepest or 0, int(batch["mask_BL"].sum(dim=1).amax()))
         reward_logit_B = self.policy.reward_logits(outputs, batch["mask_BL"])
         return value_loss(reward_logit_B, batch["score_B"]).mean(), {"reward": reward_logit_B.sigmoid().mean()}
 

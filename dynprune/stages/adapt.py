@@ -22,6 +22,7 @@ from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delt
 from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of, upstream_of
+from dynprune.stages.checkpoints import last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -88,7 +89,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
         # Products in the SLM's own dtype; what is trained is kept in float32.
         precision=run.mixed_precision,
     )
-    last = folder / "checkpoints" / "last.ckpt"
+    last = last_of(folder / "checkpoints")
     with pruner_of(run, stand_ins, slm) as pruner:
 
         def prune(batch: str, size: int) -> None:
@@ -98,7 +99,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
                 pruner.prune(configuration_mask(slm, chosen))
 
         module = Adaptation(model, settings.learning_rate, settings.warmup_share, prune)
-        trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+        trainer.fit(module, data, ckpt_path=last)
     # What a delta was trained on stays trained, whatever follows.
     before = trained_functions(delta_folder(delta)) if delta is not None else frozenset()
     save_delta(model, folder, before.union(*(query.functions for query in queries)))

@@ -36,8 +36,9 @@ from dynprune.evaluation.run_results import write_parts
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
-from dynprune.slm.loading import SLM
+from dynprune.slm.loading import SLM, without_commit
 from dynprune.slm.pruning import LayerPruner
+from dynprune.stages.checkpoints import best_state, last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
@@ -156,7 +157,7 @@ def _fitted(run: Run) -> Artifact:
         )
         # Refuses adapters of another shape before anything is computed with them.
         LayerPruner(slm, stack)
-        if ready is not None and (other := made_for(ready)) not in (None, slm.name):
+        if ready is not None and (other := made_for(ready)) not in (None, slm.name, without_commit(slm.name)):
             log.warning("adapter.folder=%s holds adapters of %s, but the SLM is %s", settings.folder, other, slm.name)
         # Drawn on the CPU, whatever the device, and then fitted where the states are.
         stack.to(slm.device)
@@ -177,8 +178,7 @@ def _fitted(run: Run) -> Artifact:
                 states = _states(run, training, stack, None)
                 fit_ridge(stack, track(states, "fitting adapters in closed form", len(states)), settings.ridge)
             else:
-                last = folder / "checkpoints" / "last.ckpt"
-                trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+                trainer.fit(module, data, ckpt_path=last_of(folder / "checkpoints"))
         trainer.validate(module, data, verbose=False)
         _save(run, stack, module, folder)
         return {
@@ -224,13 +224,12 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             # Products in the SLM's own dtype; what is trained is kept in float32.
             precision=run.mixed_precision,
         )
-        last = folder / "checkpoints" / "last.ckpt"
+        last = last_of(folder / "checkpoints")
         with LayerPruner(run.slm, stack) as pruner:
             module = ContextTraining(run.slm, pruner, stack, instantiate(settings.optimizer), settings.warmup_share)
             [before] = trainer.validate(module, data, verbose=False)
-            trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict(state)
+            trainer.fit(module, data, ckpt_path=last)
+        module.load_state_dict(best_state(best))
         # How far each adapter is from its own layer now: farther than before, since it makes up for others too.
         errors = Distillation(stack, run.config.adapter.loss, instantiate(settings.optimizer))
         states = _states(run, validation, stack, None)

@@ -25,8 +25,7 @@ def encoder_of(run: Run) -> TextEncoder:
 
 def encoder_identity(run: Run) -> dict[str, Any]:
     """What identifies the encoder in an artifact."""
-    settings = run.encoder_settings
-    return {"encoder": settings, "encoder_content": content_digest(settings["name_or_path"])}
+    return {"encoder": run.encoder_identity, "encoder_content": content_digest(run.config.router.encoder.name_or_path)}
 
 
 @torch.inference_mode()

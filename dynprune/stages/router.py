@@ -71,9 +71,9 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
     config = {
         # Of a router that is trained there is no folder.
         "router": {key: value for key, value in plain(run.config.router).items() if key != "folder"}
-        | {"encoder": run.encoder_settings},
+        | {"encoder": run.encoder_identity},
         "encoder": content_digest(run.config.router.encoder.name_or_path),
-        "method": plain(method),
+        "method": plain(method) | _method_version(method),
         "num_layers": run.slm.num_layers,
         "precision": hardware.precision,
         # Each process has batches of its own: several of them learn from larger steps.
@@ -161,7 +161,18 @@ def _start(run: Run, method: DictConfig, seed: int) -> Artifact | None:
 
 def learns_from(method: DictConfig) -> str:
     """What a method learns from, see `RouterTraining.learns_from`."""
-    return get_class(method.module._target_).learns_from  # type: ignore[attr-defined]
+    return _training_class(method).learns_from
+
+
+def _method_version(method: DictConfig) -> dict[str, int]:
+    """What identifies a method's code in an artifact, where it has changed since the first version."""
+    version = _training_class(method).version
+    return {} if version == 1 else {"version": version}
+
+
+def _training_class(method: DictConfig) -> type[RouterTraining]:
+    found: type[RouterTraining] = get_class(method.module._target_)
+    return found
 
 
 def _data(

@@ -167,6 +167,14 @@ class Run:
         return settings
 
     @property
+    def encoder_identity(self) -> dict[str, Any]:
+        """What identifies the encoder in an artifact; one in float32 as when there was no choice."""
+        settings = self.encoder_settings
+        if settings["dtype"] == "float32":
+            del settings["dtype"]
+        return settings
+
+    @property
     def mixed_precision(self) -> str:
         """Lightning's precision for training in the SLM: products in its dtype, what is trained in float32."""
         return _MIXED_PRECISION[self.model_identity["dtype"]]

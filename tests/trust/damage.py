@@ -19,8 +19,11 @@ from trust.pipeline import content, difference, ends_well, finish, intervals, st
 HALFWAY = 24
 
 
-def others(root: Path, whole: Path, expected: dict[str, Any]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The faults that are no kills, each as a trial that raises an AssertionError where it is not survived."""
+def others(root: Path, whole: Path, expected: dict[str, Any]) -> Iterator[tuple[str, Callable[[], bool | None]]]:
+    """The faults that are no kills, each as a trial that raises an AssertionError where it is not survived.
+
+    A trial that came to no fault returns False.
+    """
     for place in sorted(path.parent for path in whole.glob("outputs/artifacts/*/*/manifest.json")):
         files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.stat().st_size]
         for file in dict.fromkeys([place / "manifest.json", max(files, key=lambda path: path.stat().st_size)]):
@@ -30,7 +33,7 @@ def others(root: Path, whole: Path, expected: dict[str, Any]) -> Iterator[tuple[
                 folder = root / f"{name}-{place.parent.name}-{place.name}-{file.name}"
                 yield f"file {name}", lambda f=folder, r=relative, d=damage: _damaged(f, whole, r, d, expected)
     for number in range(HALFWAY):
-        damage = (flip, cut)[number % 2]
+        damage = (flip, cut)[number // (HALFWAY // 2)]
         name = f"unfinished file {damage.__name__}"
         yield (
             name,
@@ -83,8 +86,12 @@ def _damaged(folder: Path, whole: Path, relative: Path, damage: Callable[[Path],
     shutil.rmtree(folder)
 
 
-def _damaged_halfway(folder: Path, whole: Path, number: int, damage: Callable[[Path], None], expected: dict[str, Any]) -> None:
-    """A run is killed, and a file of what it had begun is damaged; the next one makes that anew, or says what to remove."""
+def _damaged_halfway(folder: Path, whole: Path, number: int, damage: Callable[[Path], None], expected: dict[str, Any]) -> bool:
+    """A run is killed, and a file of what it had begun is damaged; the next one makes that anew, or says what to remove.
+
+    Returns:
+        Whether there was a file to damage: the run may have been between two stages, or faster.
+    """
     rng = random.Random(f"halfway {number}")
     stages = intervals(whole)
     _, begun, done = stages[number % len(stages)]
@@ -96,8 +103,11 @@ def _damaged_halfway(folder: Path, whole: Path, number: int, damage: Callable[[P
     begun_files = [
         path for place in folder.glob("outputs/artifacts/*/*.partial") for path in place.rglob("*") if path.is_file()
     ]
-    if filled := sorted(path for path in begun_files if path.stat().st_size):
-        damage(rng.choice(filled))
+    filled = sorted(path for path in begun_files if path.stat().st_size)
+    if not filled:
+        shutil.rmtree(folder)
+        return False
+    damage(rng.choice(filled))
     ended = finish(folder)
     if ended.code == 3:
         [place] = re.findall(r"rm -r (\S+)\)", ended.sentence)
@@ -105,6 +115,7 @@ def _damaged_halfway(folder: Path, whole: Path, number: int, damage: Callable[[P
         ended = finish(folder)
     ends_well(folder, ended, expected)
     shutil.rmtree(folder)
+    return True
 
 
 def _two_at_once(folder: Path, expected: dict[str, Any]) -> None:
