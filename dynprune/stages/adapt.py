@@ -89,7 +89,6 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
         # Products in the SLM's own dtype; what is trained is kept in float32.
         precision=run.mixed_precision,
     )
-    last = last_of(folder / "checkpoints")
     with pruner_of(run, stand_ins, slm) as pruner:
 
         def prune(batch: str, size: int) -> None:
@@ -99,7 +98,7 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
                 pruner.prune(configuration_mask(slm, chosen))
 
         module = Adaptation(model, settings.learning_rate, settings.warmup_share, prune)
-        trainer.fit(module, data, ckpt_path=last)
+        trainer.fit(module, data, ckpt_path=last_of(folder / "checkpoints"))
     # What a delta was trained on stays trained, whatever follows.
     before = trained_functions(delta_folder(delta)) if delta is not None else frozenset()
     save_delta(model, folder, before.union(*(query.functions for query in queries)))

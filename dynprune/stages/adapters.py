@@ -224,11 +224,10 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             # Products in the SLM's own dtype; what is trained is kept in float32.
             precision=run.mixed_precision,
         )
-        last = last_of(folder / "checkpoints")
         with LayerPruner(run.slm, stack) as pruner:
             module = ContextTraining(run.slm, pruner, stack, instantiate(settings.optimizer), settings.warmup_share)
             [before] = trainer.validate(module, data, verbose=False)
-            trainer.fit(module, data, ckpt_path=last)
+            trainer.fit(module, data, ckpt_path=last_of(folder / "checkpoints"))
         module.load_state_dict(best_state(best))
         # How far each adapter is from its own layer now: farther than before, since it makes up for others too.
         errors = Distillation(stack, run.config.adapter.loss, instantiate(settings.optimizer))

@@ -23,8 +23,8 @@ def encoder_of(run: Run) -> TextEncoder:
     return TextEncoder(**run.encoder_settings).to(run.slm.device).eval()
 
 
-def encoder_identity(run: Run) -> dict[str, Any]:
-    """What identifies the encoder in an artifact."""
+def embedding_identity(run: Run) -> dict[str, Any]:
+    """What identifies embeddings in an artifact, beside their queries."""
     return {"encoder": run.encoder_identity, "encoder_content": content_digest(run.config.router.encoder.name_or_path)}
 
 

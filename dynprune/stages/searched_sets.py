@@ -21,7 +21,7 @@ from dynprune.data.tasks import Query
 from dynprune.slm.likelihood import score_configurations, similar_samples
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
-from dynprune.stages.embeddings import embeddings, encoder_identity
+from dynprune.stages.embeddings import embedding_identity, embeddings
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, once_a_run
 from dynprune.stages.sizes import sizes_of
@@ -94,7 +94,7 @@ def _library(run: Run) -> Artifact:
                     path.write_text(json.dumps(record), encoding="utf-8")
         return {"groups": len(numbers), "queries": len(queries)}
 
-    config = {**_search_config(run, largest), "groups": groups, "seed": seed, **encoder_identity(run)}
+    config = {**_search_config(run, largest), "groups": groups, "seed": seed, **embedding_identity(run)}
     return run.store.get_or_build(
         "library", VERSION, config, digest(queries), upstream_of(adapters(run)), build, resumable=True
     )
