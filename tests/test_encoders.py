@@ -157,3 +157,5 @@ def test_a_frozen_encoder_has_the_slms_number_format_unless_told_otherwise(
     run = Run(composed("experiment=tiny", "model.dtype=bfloat16", f"paths.run={tmp_path}", *typed))
     assert run.encoder_settings["dtype"] == dtype
     assert new_router(run).encoder.arguments()["dtype"] == dtype
+    # In float32 nothing has changed since there was no choice: routers of then are taken for its own.
+    assert run.encoder_identity.get("dtype") == (None if dtype == "float32" else dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import composed
 
-from dynprune.slm.loading import load_hf, load_tiny, resolve_dtype
+from dynprune.slm.loading import load_hf, load_tiny, resolve_dtype, without_commit
 from dynprune.stages.run import Run
 
 
@@ -50,6 +50,7 @@ def test_two_revisions_of_a_hub_model_have_two_names(tmp_path, monkeypatch):
         (repository / "refs" / revision).write_text(commit)
     assert load_hf("org/tiny", "float32").name == f"org/tiny@{commits['main']}"
     assert load_hf("org/tiny", "float32", revision="old").name == f"org/tiny@{commits['old']}"
+    assert without_commit(f"org/tiny@{commits['main']}+delta") == "org/tiny+delta"
     folder = repository / "snapshots" / commits["old"]
     assert load_hf(str(folder), "float32").name == str(folder)
 

@@ -158,6 +158,9 @@ def test_every_other_method_trains_a_router_that_has_its_row(tiny, run_here, met
     folder, _ = tiny
     run_here(method, f"method={method}", "++method.min_score=-10", "evaluation.latency.queries=0", "evaluation.max_queries=4")
     assert f"router-{method}" in table_of(folder, method)
+    # Where a method's code has changed what is learned, routers of before are not taken for its own.
+    [made] = [m["config"]["method"] for m in manifests(folder, "router") if m["config"]["method"]["name"] == method]
+    assert made.get("version", 1) == {"value": 2}.get(method, 1)
 
 
 def test_dpo_starts_from_the_router_that_another_method_trained(tiny):

@@ -88,9 +88,14 @@ def test_rows_that_are_there_are_read_and_what_they_said_is_not_generated_again(
     assert said["like-mixed"] == said["mixed"]
 
 
-def test_rows_that_are_stopped_go_on_where_they_were(tmp_path, generated, monkeypatch):
-    run = tiny_run(tmp_path)
-    queries = asked_of(run)
+def kept_in(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Queries and configurations whose samples lie in the parts of a folder."""
+    lines = [line for path in sorted(folder.glob("samples-*.jsonl")) for line in path.read_text().splitlines()]
+    return [(record["id"], tuple(record["pruned_layers"])) for record in map(json.loads, lines)]
+
+
+def stop_rows(run: Run, queries: list, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stops the rows with some of their samples on the disk; returns the folder."""
     counted = samples_stage.run_queries
 
     def stopped(*arguments):
@@ -99,21 +104,35 @@ def test_rows_that_are_stopped_go_on_where_they_were(tmp_path, generated, monkey
                 raise KeyboardInterrupt
             yield sample
 
-    monkeypatch.setattr(samples_stage, "run_queries", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_rows(run, ROWS, Answers(run, queries))
+    with monkeypatch.context() as patch:
+        patch.setattr(samples_stage, "run_queries", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_rows(run, ROWS, Answers(run, queries))
+    [folder] = (run.store.root / "generate").glob("*.partial")
+    return folder
+
+
+def test_what_is_generated_after_a_stop_stands_beside_what_was_there(tmp_path, generated, monkeypatch):
+    run = tiny_run(tmp_path)
+    queries = asked_of(run)
+    folder = stop_rows(run, queries, monkeypatch)
+    before = kept_in(folder)
+    generated.clear()
+    run_rows(run, ROWS, Answers(run, queries))
+    assert generated
+    assert sorted(kept_in(folder.with_suffix(""))) == sorted([*before, *generated])
+
+
+def test_rows_that_are_stopped_go_on_where_they_were(tmp_path, generated, monkeypatch):
+    run = tiny_run(tmp_path)
+    queries = asked_of(run)
+    kept = kept_in(stop_rows(run, queries, monkeypatch))
     first = list(generated)
-    kept = [
-        (record["id"], tuple(record["pruned_layers"]))
-        for path in (tmp_path / "generate").glob("*.partial/samples-*.jsonl")
-        for record in map(json.loads, path.read_text().splitlines())
-    ]
     # Of what had come, no more is lost than a batch.
     assert len(first) - len(queries) - len(kept) <= 3
     assert kept
 
     # Whichever rows the table has when it goes on.
-    monkeypatch.setattr(samples_stage, "run_queries", counted)
     generated.clear()
     run_rows(run, [*ROWS[:2], CHANGED, ROWS[3]], Answers(run, queries))
     assert not set(generated) & set(kept)
