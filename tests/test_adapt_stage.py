@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import dynprune
+from tiny import composed, dynprune
+
+from dynprune.stages.adapt import adapt, longer_queries, usable_toolboxes
+from dynprune.stages.run import Run
 
 
 @pytest.mark.slow
@@ -33,3 +36,39 @@ def test_a_delta_is_trained_further_with_pruned_layers(tmp_path):
         refused = dynprune(tmp_path, *again, wrong, check=False)
         assert refused.returncode != 0
         assert sentence in " ".join((refused.stdout + refused.stderr).split())
+
+
+def run_of(folder, *overrides: str) -> Run:
+    return Run(composed("experiment=tiny", "stage=adapt", f"paths.run={folder}/run", f"paths.artifacts={folder}/a", *overrides))
+
+
+def test_longer_queries_are_of_functions_that_no_other_split_calls(tmp_path):
+    options = ("data.source.categories=[live_multiple,simple_python]", "data.source.max_chars=1500")
+    run = run_of(tmp_path, *options, "adapt.max_chars=2500")
+    held_out = [query for name in ("train", "validation", "test") for query in run.splits[name]]
+    longer = longer_queries(run)
+    assert longer
+    assert all(1500 < query.num_chars <= 2500 for query in longer)
+    assert not {query.id for query in longer} & {query.id for members in run.splits.values() for query in members}
+    assert not [query.id for query in held_out if query.functions & frozenset().union(*(q.functions for q in longer))]
+    # What `data.only` leaves out of the other splits stays held out all the same.
+    narrowed = run_of(tmp_path, *options, "adapt.max_chars=2500", "data.only.categories=[simple_python]")
+    assert [query.id for query in longer_queries(narrowed)] == [query.id for query in longer]
+    assert longer_queries(run_of(tmp_path, *options)) == []
+
+
+def test_templates_that_call_a_held_out_function_are_left_out(tmp_path, caplog):
+    def toolbox(name: str) -> str:
+        tool = {"name": name, "description": "", "parameters": {"type": "dict", "properties": {"n": {"type": "integer"}}}}
+        query = {"text": "{n}!", "calls": [{"name": name, "arguments": {"n": "{n}"}}]}
+        return json.dumps({"tools": [tool], "values": {"n": [1, 2]}, "queries": [query]})
+
+    held_out = next(iter(run_of(tmp_path).splits["test"][0].functions))
+    path = tmp_path / "templates.jsonl"
+    path.write_text("\n".join(map(toolbox, ("mine", held_out))))
+    with caplog.at_level("WARNING"):
+        kept = usable_toolboxes(run_of(tmp_path, f"adapt.templates={path}"))
+    assert [sorted(box.functions) for box in kept] == [["mine"]]
+    assert "left out 1 sets of templates" in caplog.text
+    with pytest.raises(ValueError, match=r"adapt\.template_share=1\.0 is not allowed; allowed: 0 to below 1"):
+        adapt(run_of(tmp_path, "adapt.template_share=1.0"))

@@ -1,9 +1,14 @@
+import random
+import re
+
 import pytest
 import torch
 from swapped import StandIn, random_adapters
 from torch.nn import functional
 
-from dynprune.slm.adaptation import Adaptation, TokenisedAnswer, collate_answers, new_delta, save_delta
+from dynprune.data.templates import Toolbox, fill
+from dynprune.slm.adaptation import Adaptation, AnswerData, TokenisedAnswer, collate_answers, new_delta, save_delta
+from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import merge_delta, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
@@ -94,3 +99,26 @@ def test_a_delta_comes_back_as_it_was_written(make_slm, tmp_path):
     first = wrap_with_delta(make_slm().model, folder)
     save_delta(first, tmp_path / "again", frozenset())
     assert (folder / "adapter_model.safetensors").read_bytes() == (tmp_path / "again/adapter_model.safetensors").read_bytes()
+
+
+def test_all_templates_come_once_before_one_comes_again_and_an_epoch_is_drawn_alike_each_time():
+    tools = ({"name": "f", "description": "", "parameters": {"type": "dict", "properties": {"n": {"type": "integer"}}}},)
+    queries = tuple({"text": f"query {index}", "calls": [{"name": "f", "arguments": {"n": index}}]} for index in range(5))
+    toolbox = Toolbox(tools, {}, queries)
+    split = [fill(toolbox, 0, f"split-{index}", random.Random(index)) for index in range(2)]
+    tokenizer = byte_tokenizer()
+
+    def data(toolboxes=(toolbox,)) -> AnswerData:
+        return AnswerData(split, toolboxes, tokenizer, 0.5, 0.0, 0.0, 2, 0)
+
+    def texts(of: AnswerData, epoch: int) -> list[str]:
+        return [tokenizer.decode(sample.ids) for sample in of.samples(epoch)]
+
+    whole = data()
+    epochs = [texts(whole, epoch) for epoch in range(5)]
+    assert whole.samples_in_epoch == 4
+    # A training that goes on at its fourth epoch sees what it would have seen.
+    assert texts(data(), 3) == epochs[3]
+    asked = [re.search(r"query (\d)", text)[1] for epoch in epochs for text in epoch[2:]]
+    assert sorted(asked[:5]) == sorted(asked[5:]) == list("01234")
+    assert data(()).samples_in_epoch == 2

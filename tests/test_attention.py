@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynprune.slm import attention
-from dynprune.slm.attention import folded_attention, share_keys_and_values
+from dynprune.slm.attention import folded_attention, prepare_attention
 from dynprune.slm.loading import load_tiny
 
 
@@ -69,7 +69,8 @@ def test_it_is_attention_head_by_head(batch, shared, groups, tokens, past, maske
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_models_decode_as_with_eager_attention(make_slm, architecture):
     slm = make_slm(architecture)
-    share_keys_and_values(slm.model.device)
+    prepare_attention(slm.model.device)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     ids = torch.tensor([[1, 5, 9, 13, 17], [0, 0, 7, 11, 15]])
     seen = (torch.arange(5) >= torch.tensor([[0], [2]])).long()
     found = {}

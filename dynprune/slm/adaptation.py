@@ -25,8 +25,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dynprune.atomic import replacing
 from dynprune.data.augmentation import compose, stated_values, swap_values, vary_tools
-from dynprune.data.prompts import answer_tokens, prompt_tokens
+from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.tasks import Query
+from dynprune.data.templates import Toolbox, fill
 from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import SLM
 from dynprune.slm.padding import left_padded
@@ -46,7 +47,7 @@ class TokenisedAnswer:
 
 
 class AnswerData(lightning.LightningDataModule):
-    """Queries with their reference answers, varied anew in each epoch (`dynprune.data.augmentation`).
+    """Queries with their reference answers, varied anew in each epoch (`dynprune.data.augmentation`), and more from templates.
 
     With some probability a query states other values, or gets another one's tools beside its own, or is joined with it, or
     with itself with other values.
@@ -58,7 +59,9 @@ class AnswerData(lightning.LightningDataModule):
     def __init__(
         self,
         queries: Sequence[Query],
+        toolboxes: Sequence[Toolbox],
         tokenizer: PreTrainedTokenizerBase,
+        template_share: float,
         swap: float,
         compose_share: float,
         batch_size: int,
@@ -68,7 +71,9 @@ class AnswerData(lightning.LightningDataModule):
 
         Args:
             queries: What to train on.
+            toolboxes: Templates to train on as well.
             tokenizer: The SLM's tokenizer.
+            template_share: Share of an epoch's samples that come from templates, in 0..1, 1 excluded; none without toolboxes.
             swap: Probability that a query's values are swapped, 0..1.
             compose_share: Probability that a query gets another one's tools, or is joined with it, 0..1.
             batch_size: Samples in a batch.
@@ -76,21 +81,39 @@ class AnswerData(lightning.LightningDataModule):
         """
         super().__init__()
         self._queries = queries
+        self._templates = [(toolbox, index) for toolbox in toolboxes for index in range(len(toolbox.queries))]
         self._tokenizer = tokenizer
+        self._num_filled = round(len(queries) * template_share / (1 - template_share)) if toolboxes else 0
         self._swap = swap
         self._compose_share = compose_share
         self._batch_size = batch_size
         self._seed = seed
+        self._orders: dict[int, list[int]] = {}
+
+    @property
+    def samples_in_epoch(self) -> int:
+        """How many samples an epoch has."""
+        return len(self._queries) + self._num_filled
 
     def samples(self, epoch: int) -> list[TokenisedAnswer]:
-        """The samples of one epoch, one for each query."""
+        """The samples of one epoch: one for each query, and those from templates."""
         rng = random.Random(f"{self._seed}-{epoch}")
         values = stated_values(self._queries)
         varied = [
             vary_tools(swap_values(query, values, rng) if rng.random() < self._swap else query, rng) for query in self._queries
         ]
+        varied += [fill(*self._template(epoch, position), f"template-{position}", rng) for position in range(self._num_filled)]
         composed = [compose(query, varied, values, rng) if rng.random() < self._compose_share else query for query in varied]
-        return [_tokenised(query, self._tokenizer) for query in composed]
+        return _tokenised(composed, self._tokenizer)
+
+    def _template(self, epoch: int, position: int) -> tuple[Toolbox, int]:
+        """Goes through all templates before one comes again, in another order each time."""
+        passes, place = divmod(epoch * self._num_filled + position, len(self._templates))
+        if passes not in self._orders:
+            order = list(range(len(self._templates)))
+            random.Random(f"{self._seed}-templates-{passes}").shuffle(order)
+            self._orders[passes] = order
+        return self._templates[self._orders[passes][place]]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the trainer's current epoch: left-padded, of samples of similar length."""
@@ -109,9 +132,17 @@ class AnswerData(lightning.LightningDataModule):
         )
 
 
-def _tokenised(query: Query, tokenizer: PreTrainedTokenizerBase) -> TokenisedAnswer:
-    prompt, answer = prompt_tokens(tokenizer, query), (*answer_tokens(tokenizer, query), tokenizer.eos_token_id)
-    return TokenisedAnswer([*prompt, *answer], len(answer))
+def _tokenised(queries: Sequence[Query], tokenizer: PreTrainedTokenizerBase) -> list[TokenisedAnswer]:
+    def tokens(texts: list[str]) -> list[list[int]]:
+        # Rendered text holds the special tokens already. All in one call: the tokenizer works on several at once.
+        return cast(list[list[int]], tokenizer(texts, add_special_tokens=False).input_ids)
+
+    prompts = tokens([render_prompt(tokenizer, query) for query in queries])
+    answers = tokens([render_answer(query) for query in queries])
+    return [
+        TokenisedAnswer([*prompt, *answer, int(tokenizer.eos_token_id)], len(answer) + 1)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def collate_answers(samples: Sequence[TokenisedAnswer], pad_id: int) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 _FEW_TOKENS = 8
 
 
-def share_keys_and_values(device: torch.device) -> None:
-    """Lets all models of transformers that attend by torch's kernels, ``sdpa``, do so by `folded_attention`.
+def prepare_attention(device: torch.device) -> None:
+    """Lets all models of transformers that attend by torch's kernels, ``sdpa``, do so by `folded_attention`, none by cuDNN's.
 
     Args:
         device: Where models lie from now on.
@@ -29,6 +29,9 @@ def share_keys_and_values(device: torch.device) -> None:
     # Where keys and values serve several heads, transformers copies them for each of these, unless there is no mask: a GPU's
     # kernels need that, while the CPU's read them in place.
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if device.type == "cpu" else "0"
+    # With a mask and a width like 64 or 192, cuDNN's gradients in half precision are NaN on Hopper chips from torch 2.11 on
+    # (pytorch issue 196678); torch's other kernels are right.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("sdpa", folded_attention)
 
 

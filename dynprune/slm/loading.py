@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dynprune.slm.allocator import keep_freed_memory
-from dynprune.slm.attention import share_keys_and_values
+from dynprune.slm.attention import prepare_attention
 from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.layers import decoder_layers
 from dynprune.slm.support import refusal
@@ -322,7 +322,7 @@ def _prepare(
     module.to(device=torch.device(device), dtype=_DTYPES[dtype]).eval().requires_grad_(False)
     # A slice of the last positions is not contiguous, for which torch copies the head's weights once for each row.
     model.get_output_embeddings().register_forward_pre_hook(lambda head, arguments: (arguments[0].contiguous(),))
-    share_keys_and_values(model.device)
+    prepare_attention(model.device)
     if model.device.type == "cpu":
         keep_freed_memory()
     if reason := refusal(model):

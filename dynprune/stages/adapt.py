@@ -1,6 +1,7 @@
 """The stage ``adapt``: task-tunes an SLM by LoRA and scores it on the test split."""
 
 import json
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing
+from dynprune.atomic import replacing, sha256
 from dynprune.data.tasks import Query
+from dynprune.data.templates import Toolbox, load_templates, templates_file
 from dynprune.evaluation.accuracy import Asked, run_queries
 from dynprune.evaluation.machine import describe_machine
 from dynprune.evaluation.statistics import mean_interval
@@ -26,7 +28,9 @@ from dynprune.stages.checkpoints import last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
-VERSION = 3
+log = logging.getLogger(__name__)
+
+VERSION = 4
 
 
 def adapt(run: Run) -> Artifact:
@@ -36,6 +40,8 @@ def adapt(run: Run) -> Artifact:
     the adapters of the run in the layers' places.
     """
     queries = run.queries("adapt", None, "data.splits.adapt")
+    queries = [*queries, *longer_queries(run)]
+    toolboxes = usable_toolboxes(run)
     held_out = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
     config = {
         "model": run.model_identity,
@@ -44,6 +50,8 @@ def adapt(run: Run) -> Artifact:
         "seed": run.config.seed,
     }
     accumulation("adapt", run.config.adapt)
+    if not 0 <= run.config.adapt.template_share < 1:
+        raise ValueError(f"adapt.template_share={run.config.adapt.template_share} is not allowed; allowed: 0 to below 1")
     upstream: dict[str, str] = {}
     stand_ins = adapters(run) if run.config.adapt.layer_dropout else None
     if run.config.adapt.layer_dropout:
@@ -52,24 +60,56 @@ def adapt(run: Run) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
-        _train(run, queries, folder, stand_ins)
+        samples = _train(run, queries, toolboxes, folder, stand_ins)
         seconds = time.monotonic() - start
-        counts = {"training_samples": len(queries) * run.config.adapt.epochs, **_score(run, held_out, folder)}
+        counts = {"training_samples": samples * run.config.adapt.epochs, **_score(run, held_out, folder)}
         _write_card(run, folder, counts, seconds)
         return counts
 
     data = {"adapt": digest(queries), "test": digest(held_out)}
+    if toolboxes:
+        data["templates"] = {"sha256": sha256(templates_file(run.config.adapt.templates))}
     return run.store.get_or_build("adapt", VERSION, config, data, upstream, build, resumable=True)
 
 
-def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact | None) -> None:
+def longer_queries(run: Run) -> list[Query]:
+    """Queries too long for the splits, of functions that no held-out split calls."""
+    longest, source = run.config.adapt.max_chars, run.config.data.source
+    if longest is None or source.max_chars is None or longest <= source.max_chars:
+        return []
+    found: list[Query] = instantiate(source, max_chars=longest)
+    return [q for q in found if q.num_chars > source.max_chars and not q.functions & run.held_out_functions]
+
+
+def usable_toolboxes(run: Run) -> list[Toolbox]:
+    """The templates, without those that call a function that a held-out split calls."""
+    if run.config.adapt.templates is None:
+        return []
+    toolboxes = load_templates(templates_file(run.config.adapt.templates))
+    kept = [toolbox for toolbox in toolboxes if not toolbox.functions & run.held_out_functions]
+    if len(kept) < len(toolboxes):
+        log.warning("left out %d sets of templates: held-out queries call their functions", len(toolboxes) - len(kept))
+    return kept
+
+
+def _train(run: Run, queries: Sequence[Query], toolboxes: Sequence[Toolbox], folder: Path, stand_ins: Artifact | None) -> int:
+    """Trains and writes the delta; returns the number of samples in an epoch."""
     settings = run.config.adapt
     draw = drawing(run, stand_ins) if settings.layer_dropout else None
     # The SLM that the adapters were measured on makes room for the one that is trained.
     run.release_slm()
     # The SLM as it was before its delta: that is what the delta is trained on.
     slm: SLM = instantiate(run.config.model, delta=None, device=run.config.hardware.device)
-    data = AnswerData(queries, slm.tokenizer, settings.swap, settings.compose, settings.micro_batch_size, run.config.seed)
+    data = AnswerData(
+        queries,
+        toolboxes,
+        slm.tokenizer,
+        settings.template_share,
+        settings.swap,
+        settings.compose,
+        settings.micro_batch_size,
+        run.config.seed,
+    )
     delta = run.config.model.delta
     # What comes before may draw from the same generators, or not where it was made already.
     lightning.seed_everything(run.config.seed, workers=True)
@@ -101,7 +141,9 @@ def _train(run: Run, queries: Sequence[Query], folder: Path, stand_ins: Artifact
         trainer.fit(module, data, ckpt_path=last_of(folder / "checkpoints"))
     # What a delta was trained on stays trained, whatever follows.
     before = trained_functions(delta_folder(delta)) if delta is not None else frozenset()
-    save_delta(model, folder, before.union(*(query.functions for query in queries)))
+    trained = before.union(*(query.functions for query in queries), *(toolbox.functions for toolbox in toolboxes))
+    save_delta(model, folder, trained)
+    return data.samples_in_epoch
 
 
 def _check_goes_on(settings: DictConfig, delta: str, stored: Any) -> None:
@@ -180,7 +222,8 @@ called function; `functions.json` lists those that were trained on.
 - Data: {json.dumps(source)}, of that {json.dumps(plain(run.config.data.only))}
 - Number format: {run.model_identity["dtype"]} for products, float32 for what is trained
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
-  trained on the adapt split only, {counts["training_samples"]} samples over all epochs
+  trained on the adapt split, on longer queries of functions that no other split calls (`max_chars` of the recipe), and on
+  templates (`templates`); {counts["training_samples"]} samples over all epochs
 - Recipe: {json.dumps(plain(run.config.adapt))}
 - Start: {_start(run)}
 - Seed: {run.config.seed}

@@ -95,12 +95,22 @@ class Run:
         _loaded.clear()
 
     @cached_property
+    def _dealt(self) -> dict[str, list[Query]]:
+        """All queries of each split."""
+        return split_by_function(
+            instantiate(self.config.data.source), plain(self.config.data.splits), self.config.data.split_seed
+        )
+
+    @cached_property
+    def held_out_functions(self) -> frozenset[str]:
+        """Functions that the queries of the splits call on which no SLM is trained."""
+        return frozenset().union(*(q.functions for name, members in self._dealt.items() if name != "adapt" for q in members))
+
+    @cached_property
     def splits(self) -> dict[str, list[Query]]:
         """The queries of each split, in an order that the split's seed fixes."""
-        queries = instantiate(self.config.data.source)
         seed = self.config.data.split_seed
-        splits = split_by_function(queries, plain(self.config.data.splits), seed)
-        splits = select(splits, plain(self.config.data.only.categories), self.config.data.only.max_chars)
+        splits = select(self._dealt, plain(self.config.data.only.categories), self.config.data.only.max_chars)
         for members in splits.values():
             random.Random(seed).shuffle(members)
         self._leave_out_trained(splits)

@@ -1,0 +1,142 @@
+"""Queries from templates: what fills their slots, what a broken file is told, and what the shipped file may not hold."""
+
+import json
+import random
+
+import pytest
+
+from dynprune.data.bfcl import load_bfcl
+from dynprune.data.splits import split_by_function
+from dynprune.data.templates import Toolbox, fill, load_templates, templates_file
+from dynprune.metrics.parsing import parse_calls
+
+
+def tool(name: str, required: list[str], **properties) -> dict:
+    return {"name": name, "description": "", "parameters": {"type": "dict", "properties": properties, "required": required}}
+
+
+TEXT = {"type": "string"}
+WEATHER = {
+    "tools": [
+        tool(
+            "weather", ["city"], city={"type": "string"}, days={"type": "integer"}, unit={"type": "string", "enum": ["c", "f"]}
+        ),
+        tool("tides", ["port"], port=TEXT, heights={"type": "array", "items": {"type": "float"}}),
+    ],
+    "values": {
+        "city": ["Oslo", {"say": "the capital of Peru", "mean": "Lima"}, "Bergen"],
+        "days": {"range": [2, 9]},
+        "height": {"range": [0, 3], "decimals": 2},
+        "heights": [{"say": "1 and 2.5", "mean": [1, 2.5]}],
+    },
+    "queries": [
+        {
+            "text": "{days} days of weather in {city}?",
+            "calls": [{"name": "weather", "arguments": {"city": "{city}", "days": "{days}"}}],
+        },
+        {
+            "text": "Weather in {city} and {city_2}, and tides of {heights} m at {city_3}",
+            "calls": [
+                {"name": "weather", "arguments": {"city": "{city}", "unit": "c"}},
+                {"name": "weather", "arguments": {"city": "{city_2}"}},
+                {"name": "tides", "arguments": {"port": "Port of {city_3}", "heights": "{heights}"}},
+            ],
+        },
+        {
+            "text": "Tides {height}, {city}",
+            "calls": [{"name": "tides", "arguments": {"port": "{city}", "heights": [0, "{height}"]}}],
+        },
+    ],
+}
+
+
+def write(folder, *records):
+    path = folder / "templates.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+@pytest.fixture
+def weather(tmp_path) -> Toolbox:
+    [toolbox] = load_templates(write(tmp_path, WEATHER))
+    return toolbox
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_calls_hold_what_the_words_say(weather, seed):
+    said = {"Oslo": "Oslo", "the capital of Peru": "Lima", "Bergen": "Bergen"}
+    query = fill(weather, 0, "a", random.Random(seed))
+    words = query.messages[0]["content"]
+    [call] = query.answers
+    days, _, city = words.removesuffix("?").partition(" days of weather in ")
+    assert call == {"name": "weather", "arguments": {"city": said[city], "days": int(days)}}
+    assert 2 <= int(days) <= 9
+    assert query.allowed == ({"weather": {"city": [said[city]], "days": [int(days)]}},)
+    assert {tool["name"] for tool in query.tools} in ({"weather"}, {"weather", "tides"})
+    assert query.category == ("simple" if len(query.tools) == 1 else "simple_multiple")
+    several = fill(weather, 1, "b", random.Random(seed))
+    cities = [several.answers[0]["arguments"]["city"], several.answers[1]["arguments"]["city"]]
+    port = several.answers[2]["arguments"]
+    assert sorted([*cities, port["port"].removeprefix("Port of ")]) == ["Bergen", "Lima", "Oslo"]
+    assert port["heights"] == [1, 2.5]
+    assert several.category == "parallel_multiple"
+    decimal = fill(weather, 2, "c", random.Random(seed))
+    [tides] = decimal.answers
+    assert decimal.messages[0]["content"].startswith(f"Tides {tides['arguments']['heights'][1]}, ")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda r: r.pop("values"), r"templates\.jsonl:1: the field 'values' is missing"),
+        (lambda r: r["queries"][0].pop("calls"), r":1: a query lacks 'text' or 'calls'"),
+        (lambda r: r["values"].pop("days"), r"has the slot 'days', which 'values' lacks"),
+        (lambda r: r["queries"][0].update(text="Weather in {city}?"), r"does not say \{days\}, which its calls give"),
+        (lambda r: r["queries"][0]["calls"][0].update(name="rain"), r"calls 'rain', which 'tools' lacks"),
+        (lambda r: r["queries"][0]["calls"][0]["arguments"].pop("city"), r"leaves out 'city', which weather requires"),
+        (lambda r: r["queries"][0]["calls"][0]["arguments"].update(at=1), r"gives 'at', which weather has not"),
+        (
+            lambda r: r["queries"][0]["calls"][0]["arguments"].update(days="{city}"),
+            r"gives days='.+', but weather takes integer",
+        ),
+        (lambda r: r["queries"][0]["calls"][0]["arguments"].update(days=True), r"gives days=True, but weather takes integer"),
+        (
+            lambda r: r["queries"][1]["calls"][0]["arguments"].update(unit="k"),
+            r"gives unit='k', but weather takes \['c', 'f'\]",
+        ),
+    ],
+)
+def test_a_broken_line_is_told_where_and_what(tmp_path, change, sentence):
+    record = json.loads(json.dumps(WEATHER))
+    change(record)
+    with pytest.raises(ValueError, match=sentence):
+        load_templates(write(tmp_path, record))
+
+
+def test_what_is_no_json_or_no_file_is_refused(tmp_path):
+    path = write(tmp_path, WEATHER)
+    path.write_text(path.read_text() + "\n{")
+    with pytest.raises(ValueError, match=r"templates\.jsonl:2: not JSON"):
+        load_templates(path)
+    with pytest.raises(ValueError, match=r"adapt\.templates='nowhere'.+allowed: null, shipped"):
+        templates_file("nowhere")
+
+
+def test_no_held_out_query_calls_a_function_of_the_shipped_templates():
+    toolboxes = load_templates(templates_file("shipped"))
+    trained = frozenset().union(*(toolbox.functions for toolbox in toolboxes))
+    # The quickstart's splits, see conf/data/bfcl.yaml and conf/base/splits.yaml.
+    splits = split_by_function(load_bfcl(max_chars=2400), {"adapt": 0.5, "train": 0.16, "validation": 0.07, "test": 0.27}, 0)
+    for name in ("train", "validation", "test"):
+        assert not [query.id for query in splits[name] if query.functions & trained], name
+
+
+def test_every_shipped_template_gives_a_query_that_reads_and_an_answer_that_parses():
+    rng = random.Random(0)
+    for toolbox in load_templates(templates_file("shipped")):
+        for index in range(len(toolbox.queries)):
+            query = fill(toolbox, index, "query", rng)
+            words = query.messages[0]["content"]
+            assert not [slot for slot in toolbox.values if f"{{{slot}}}" in words], words
+            assert parse_calls(json.dumps(list(query.answers))).calls == query.answers
+            assert query.functions <= {tool["name"] for tool in query.tools}
