@@ -129,7 +129,7 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
 
     run = Run(config)
     with_table = config.skip_completed and config.stage in WITH_TABLE
-    if with_table and has_table_of(run.folder, plain(run.config), run.store.plugins):
+    if with_table and has_table_of(run.folder, plain(run.config), run.store.plugins, run.inputs):
         log.info("skipping %s, which has its table", os.path.relpath(run.folder))
         return
     quieten()

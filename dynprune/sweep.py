@@ -4,6 +4,7 @@ Hydra calls it (``hydra.callbacks``); it is constructed at every start, so what 
 """
 
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -35,7 +36,7 @@ class CompareJobs(Callback):
         Raises:
             SystemExit: It cannot be written to.
         """
-        _check_writable(Path(config.hydra.sweep.dir))
+        self._began = _check_writable(Path(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Notes why a job failed, and lets the sweep go on: Hydra would end it without a comparison."""
@@ -71,17 +72,19 @@ class CompareJobs(Callback):
         except Exception:
             # Hydra would make a warning of it, and leave out what follows.
             log.exception("the jobs could not be compared")
-        if lost := [path for path in jobs if failed(path)]:
+        # Other sweeps may have failed in this folder before.
+        if lost := [path for path in jobs if failed(path, since=self._began)]:
             again = f"hydra.sweep.dir={folder} skip_completed=true"
             log.error("%d of %d jobs failed; to run them alone, type the same command with %s", len(lost), len(jobs), again)
             sys.exit(1)
 
 
-def _check_writable(folder: Path) -> None:
+def _check_writable(folder: Path) -> float:
+    """Returns the time on the folder's file system, in seconds, whose clock need not be this machine's."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
     except OSError as error:
         print(f"{error}; allowed: a folder that can be written to, type paths.outputs=FOLDER", file=sys.stderr)
         sys.exit(1)

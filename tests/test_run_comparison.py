@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from tiny import composed
 
 from dynprune.evaluation.comparison_output import render_comparison, write_comparison
 from dynprune.evaluation.parts import AdapterPart, ExplorationPart, RouterPart
 from dynprune.evaluation.run_comparison import compare_runs
-from dynprune.evaluation.run_results import has_table_of, is_run, read_run, write_failure, write_parts
+from dynprune.evaluation.run_results import failed, has_table_of, is_run, read_run, write_failure, write_parts
+from dynprune.stages.run import Run
 
 UNENDED = "it left nothing to compare: it has not ended, or was killed"
 SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
@@ -49,6 +51,7 @@ def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1, lossl
     seed = next((int(o.partition("=")[2]) for o in overrides if o.startswith("seed=")), 0)
     config = {"seed": seed, "name": folder.name, "evaluation": {"router_seeds": list(seeds)}, "method": "x"}
     table = {"rows": records, "machine": {"cpu": "one", "cores": 2}, "config": config, "overrides": overrides, "plugins": {}}
+    table["inputs"] = {"queries": "their hash"}
     (folder / "report/table.json").write_text(json.dumps(table))
     return read_run(folder)
 
@@ -200,12 +203,18 @@ def test_a_broken_table_is_named(tmp_path):
 def test_a_table_is_that_of_a_configuration_wherever_it_was_run(tmp_path):
     write_run(tmp_path / "run", [], {"original": [1]})
     config = {"seed": 0, "name": "other", "evaluation": {"router_seeds": []}, "method": "x", "paths": {"run": "elsewhere"}}
-    assert has_table_of(tmp_path / "run", config, {})
-    assert not has_table_of(tmp_path / "run", config | {"method": "y"}, {})
-    assert not has_table_of(tmp_path / "run", config, {"mine": "other code"})
-    assert not has_table_of(tmp_path, config, {})
+    inputs = {"queries": "their hash"}
+    assert has_table_of(tmp_path / "run", config, {}, inputs)
+    assert not has_table_of(tmp_path / "run", config | {"method": "y"}, {}, inputs)
+    assert not has_table_of(tmp_path / "run", config, {"mine": "other code"}, inputs)
+    assert not has_table_of(tmp_path / "run", config, {}, {"queries": "those of a file that changed"})
+    assert not has_table_of(tmp_path, config, {}, inputs)
     write_failure(tmp_path / "run", ValueError("later"), seed=0)
-    assert not has_table_of(tmp_path / "run", config, {})
+    assert not has_table_of(tmp_path / "run", config, {}, inputs)
+    assert failed(tmp_path / "run")
+    written = (tmp_path / "run/failure.json").stat().st_mtime
+    assert failed(tmp_path / "run", since=written)
+    assert not failed(tmp_path / "run", since=written + 1)
 
 
 def test_intervals_are_those_of_the_averages(tmp_path):
@@ -365,3 +374,19 @@ def test_runs_that_differ_by_more_than_their_seeds_are_named(tmp_path):
     runs = [write_run(tmp_path / f"{i}", [f"seed={i}"], {"original": [1] * (i + 1)}) for i in range(2)]
     with pytest.raises(ValueError, match=r"differ by their seeds alone, but original answered other queries"):
         compare_runs(runs)
+
+
+def test_a_data_file_that_changes_is_another_input(tmp_path):
+    def record(number: int, value: int) -> dict:
+        tool = {"name": f"f{number}", "description": "", "parameters": {"n": {"type": "int", "description": ""}}}
+        call = {"name": f"f{number}", "arguments": {"n": value}}
+        return {"id": number, "query": f"f of {value}", "tools": json.dumps([tool]), "answers": json.dumps([call])}
+
+    def inputs(last: int) -> dict:
+        path = tmp_path / "q.jsonl"
+        path.write_text("\n".join(json.dumps(record(number, 1 if number < 7 else last)) for number in range(8)))
+        places = [f"paths.run={tmp_path}/run", f"paths.artifacts={tmp_path}/artifacts"]
+        return Run(composed("experiment=tiny", "data=jsonl", f"data.source.path={path}", *places)).inputs
+
+    assert inputs(1) == inputs(1)
+    assert inputs(1) != inputs(2)

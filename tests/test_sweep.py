@@ -1,9 +1,14 @@
 """A sweep as typed: it goes on where a job fails, ends with a comparison, and can be finished later."""
 
 import json
+import os
 
 import pytest
+from omegaconf import OmegaConf
 from tiny import dynprune, manifests, run_tiny
+
+from dynprune.evaluation.run_results import write_failure
+from dynprune.sweep import CompareJobs
 
 SWEEP = ("-m", "experiment=tiny", "evaluation.latency.queries=0", "evaluation.max_queries=4", "method=dpo,orpo")
 
@@ -112,3 +117,18 @@ def test_a_folder_that_cannot_be_written_to_is_said_in_a_sentence(tmp_path, mode
     assert "outputs" in said.stderr
     assert "allowed: a folder that can be written to, type paths.outputs=FOLDER" in said.stderr
     assert "Traceback" not in said.stderr
+
+
+def test_a_sweep_fails_by_its_own_jobs_not_by_those_that_failed_in_its_folder_before(tmp_path, capsys):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    (tmp_path / "before").mkdir()
+    write_failure(tmp_path / "before", ValueError("of another sweep"), seed=0)
+    os.utime(tmp_path / "before/failure.json", (1, 1))
+    sweep = CompareJobs()
+    sweep.on_multirun_start(config)
+    sweep.on_multirun_end(config)
+    assert "of another sweep" in capsys.readouterr().out
+    (tmp_path / "now").mkdir()
+    write_failure(tmp_path / "now", ValueError("of this sweep"), seed=0)
+    with pytest.raises(SystemExit):
+        sweep.on_multirun_end(config)

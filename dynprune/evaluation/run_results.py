@@ -103,9 +103,9 @@ def _note(target: Path, what: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(json_value({**what, "overrides": typed()}), allow_nan=False), encoding="utf-8")
 
 
-def failed(folder: Path) -> bool:
-    """Whether the last attempt at a job failed."""
-    return (folder / _FAILURE).is_file()
+def failed(folder: Path, since: float = 0.0) -> bool:
+    """Whether the last attempt at a job failed, and not before a time, in seconds of the file system's clock."""
+    return (folder / _FAILURE).is_file() and (folder / _FAILURE).stat().st_mtime >= since
 
 
 def forget_failure(folder: Path) -> None:
@@ -113,19 +113,20 @@ def forget_failure(folder: Path) -> None:
     (folder / _FAILURE).unlink(missing_ok=True)
 
 
-def has_table_of(folder: Path, config: Mapping[str, Any], plugins: Mapping[str, str]) -> bool:
+def has_table_of(folder: Path, config: Mapping[str, Any], plugins: Mapping[str, str], inputs: Mapping[str, str]) -> bool:
     """Whether a run has left its table in a folder; where and under which name it ran does not matter.
 
     Args:
         folder: The folder.
         config: The run's configuration.
         plugins: Hashes of the code that is not this package's.
+        inputs: Hashes of the queries and of the SLM's files.
     """
     if failed(folder) or not (folder / TABLE).is_file():
         return False
     table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
-    same_code = table.get("plugins", {}) == plugins
-    return same_code and _what_matters(table["config"]) == _what_matters(json_value(config))
+    same_code_and_inputs = (table.get("plugins", {}), table.get("inputs", {})) == (plugins, inputs)
+    return same_code_and_inputs and _what_matters(table["config"]) == _what_matters(json_value(config))
 
 
 def _what_matters(config: Mapping[str, Any]) -> dict[str, Any]:

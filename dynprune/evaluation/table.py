@@ -136,6 +136,7 @@ def write_table(
     seeds: Mapping[str, SeedSummary] | None = None,
     overrides: Sequence[str] = (),
     plugins: Mapping[str, str] | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``table.json``, ``table.csv`` and ``table.md``, each complete or not at all.
 
@@ -149,6 +150,7 @@ def write_table(
         seeds: AST match of what has a row for each of several seeds, averaged over these.
         overrides: What was typed for the run.
         plugins: Hashes of the code that is not this package's, by module.
+        inputs: Hashes of what the config names and what can change under its name: queries, the SLM's files.
     """
     seeds = seeds or {}
     document = {
@@ -160,6 +162,7 @@ def write_table(
         "config": config,
         "overrides": list(overrides),
         "plugins": dict(plugins or {}),
+        "inputs": dict(inputs or {}),
     }
     texts = {
         "table.json": json.dumps(json_value(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",

@@ -71,7 +71,7 @@ def _source(run: Run) -> dict[str, Any]:
 
 def _card(run: Run, method: str) -> str:
     # Another configuration's table is not this model's.
-    measured_here = has_table_of(run.folder, plain(run.config), run.store.plugins)
+    measured_here = has_table_of(run.folder, plain(run.config), run.store.plugins, run.inputs)
     table = run.folder / "report" / "table.md"
     measured = table.read_text(encoding="utf-8") if measured_here else "Not measured: stage=evaluate writes the table.\n"
     return f"""---

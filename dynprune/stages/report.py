@@ -80,7 +80,7 @@ def report(run: Run) -> Path:
     seeds = {name: over_seeds(scores) for name, scores in _by_name(evaluation).items() if len(scores) > 1}
     # What an earlier run of this name wrote may be about other rows: it is replaced as a whole.
     shutil.rmtree(new, ignore_errors=True)
-    write_table(rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins)
+    write_table(rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins, run.inputs)
     for name, samples in evaluation.samples.items():
         write_samples(samples, new / "samples" / f"{name}.jsonl")
     accuracy_speedup(rows, new / "accuracy_speedup.png")

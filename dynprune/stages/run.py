@@ -168,6 +168,13 @@ class Run:
         identity["content"] = content_digest(identity.get("name"))
         return identity
 
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what the configuration names and what can change under its name: the queries, the SLM's files."""
+        queries = [query for members in self.splits.values() for query in members]
+        files = {key: self.model_identity.get(key) for key in ("content", "delta_content")}
+        return {"queries": digest(queries)["sha256"], **{key: value for key, value in files.items() if value is not None}}
+
     @property
     def encoder_settings(self) -> dict[str, Any]:
         """``router.encoder``, with the number format that the encoder gets here."""
