@@ -1,6 +1,6 @@
 """The DataModule that all training shares: it streams hidden states to adapters, rollouts and preference pairs to routers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -8,6 +8,32 @@ from torch.utils.data import DataLoader, IterableDataset
 
 # Items in a batch for validation, at least: its size is a matter of speed, but for losses that compare a batch's items (KTO).
 _VALIDATED_TOGETHER = 256
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that Lightning asks how far it is when it writes a checkpoint, and tells when it goes on from one.
+
+    What was given out already is drawn again and passed over, so this is for batches that cost little to draw.
+    """
+
+    _given = 0
+    _passed_over = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises one of its own iterators.
+        """Iterates over the batches that were not given out yet."""
+        passed_over, self._passed_over = self._passed_over, 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= passed_over:
+                self._given = number + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches were given out."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next iteration begin after the batches that were given out."""
+        self._passed_over = self._given = state["given"]
 
 
 class StreamData(lightning.LightningDataModule):
@@ -46,7 +72,7 @@ class StreamData(lightning.LightningDataModule):
         set_epoch = getattr(self.training, "set_epoch", None)
         if set_epoch is not None and self.trainer is not None:
             set_epoch(self.trainer.current_epoch)
-        return DataLoader(self.training, batch_size=self._batch_size, collate_fn=self._collate)
+        return ResumableLoader(self.training, batch_size=self._batch_size, collate_fn=self._collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The validation streams."""

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dynprune.atomic import replacing
 from dynprune.data.augmentation import compose, stated_values, swap_values, vary_tools
+from dynprune.data.datamodule import ResumableLoader
 from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.tasks import Query
 from dynprune.data.templates import Toolbox, fill
@@ -115,7 +115,7 @@ class AnswerData(lightning.LightningDataModule):
             self._orders[passes] = order
         return self._templates[self._orders[passes][place]]
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> ResumableLoader:
         """The batches of the trainer's current epoch: left-padded, of samples of similar length."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         samples = self.samples(epoch)
@@ -124,7 +124,7 @@ class AnswerData(lightning.LightningDataModule):
             lengths=[len(sample.ids) for sample in samples],
             generator=torch.Generator().manual_seed(self._seed + epoch),
         )
-        return DataLoader(
+        return ResumableLoader(
             samples,  # type: ignore[arg-type]  # A list is a map-style data set.
             batch_size=self._batch_size,
             sampler=sampler,

@@ -24,7 +24,7 @@ from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delt
 from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of, upstream_of
-from dynprune.stages.checkpoints import last_of
+from dynprune.stages.checkpoints import StepCheckpoints, last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -121,8 +121,7 @@ def _train(run: Run, queries: Sequence[Query], toolboxes: Sequence[Toolbox], fol
     trainer = run.trainer(
         "adapt",
         folder,
-        # Written at the end of each epoch, so that a killed run loses an epoch at most.
-        [ModelCheckpoint(folder / "checkpoints", save_last=True)],
+        [ModelCheckpoint(folder / "checkpoints", save_last=True), StepCheckpoints(folder / "checkpoints")],
         max_epochs=settings.epochs,
         accumulate_grad_batches=accumulation("adapt", settings),
         gradient_clip_val=settings.clip,

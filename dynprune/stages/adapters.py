@@ -38,7 +38,7 @@ from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
 from dynprune.slm.loading import SLM, without_commit
 from dynprune.slm.pruning import LayerPruner
-from dynprune.stages.checkpoints import best_state, last_of
+from dynprune.stages.checkpoints import StepCheckpoints, best_state, last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
@@ -216,7 +216,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
         trainer = run.trainer(
             "context",
             folder,
-            [best],
+            [best, StepCheckpoints(folder / "checkpoints")],
             ids_of=lambda batch, epoch, number: _ids(run, [prompt for prompt, _ in batch.samples]),
             max_epochs=settings.epochs,
             accumulate_grad_batches=accumulation("adapter.context", settings),

@@ -1,15 +1,20 @@
 """Lightning's checkpoints, each written as a whole or not at all, as all that a run goes on from."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from dynprune.atomic import replacing
+from dynprune.data.datamodule import ResumableLoader
+
+_STEP = "step.ckpt"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -27,10 +32,64 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
+class StepCheckpoints(Callback):
+    """Writes a checkpoint in the midst of an epoch now and then, beside those of a `ModelCheckpoint` at the epochs' ends."""
+
+    seconds = 30.0
+    """Time between two of them, in seconds: what a killed training loses, at most."""
+
+    def __init__(self, folder: Path) -> None:
+        """Binds the place.
+
+        Args:
+            folder: Where the `ModelCheckpoint` writes its own.
+        """
+        self._path = folder / _STEP
+        self._written = time.monotonic()
+        self._given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch are done: none at its end."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Takes over how many are done."""
+        self._given = state_dict["given"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Lets the loader go on after the batches that are done."""
+        loader = trainer.train_dataloader
+        assert isinstance(loader, ResumableLoader), "only such a loader can go on in the midst of an epoch"
+        # Lightning would tell it itself, but makes it before it reads the checkpoint where the schedule asks for its length.
+        loader.load_state_dict({"given": self._given})
+        self._given = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes one if it is time, and no gradients wait for those of other batches."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and not trainer.is_last_batch and time.monotonic() - self._written >= self.seconds:
+            self._given = batch_idx + 1
+            trainer.save_checkpoint(self._path)
+            self._given, self._written = 0, time.monotonic()
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Removes that of the epoch before, whose end has one of its own."""
+        self._path.unlink(missing_ok=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Removes that of the last epoch."""
+        self._path.unlink(missing_ok=True)
+
+
 def last_of(folder: Path) -> Path | None:
-    """The checkpoint that a training goes on from, if a `ModelCheckpoint` with ``save_last`` has left one in a folder."""
-    last = folder / "last.ckpt"
-    return last if last.exists() else None
+    """The checkpoint that a training goes on from.
+
+    Args:
+        folder: Where a `ModelCheckpoint` with ``save_last`` writes, and perhaps `StepCheckpoints`.
+    """
+    return next((path for path in (folder / _STEP, folder / "last.ckpt") if path.exists()), None)
 
 
 def best_state(checkpoint: ModelCheckpoint) -> dict[str, Any]:

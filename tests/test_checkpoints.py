@@ -1,0 +1,111 @@
+"""Trainings that are stopped in the midst of an epoch: they go on with the next batch and end as undisturbed ones do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import composed
+
+from dynprune.adapters.context import ContextTraining
+from dynprune.data.datamodule import ResumableLoader
+from dynprune.slm.adaptation import Adaptation
+from dynprune.stages.adapt import adapt
+from dynprune.stages.adapters import adapters
+from dynprune.stages.checkpoints import StepCheckpoints
+from dynprune.stages.run import Run
+
+# What is trained, by what, and where the weights are.
+TRAININGS = {
+    "context": (
+        ContextTraining,
+        adapters,
+        "adapters.safetensors",
+        (
+            "adapter.bottleneck=8",
+            "adapter.context.epochs=2",
+            "adapter.draw.max_layers=3",
+            "adapter.context.batch_size=2",
+            "adapter.context.micro_batch_size=1",
+        ),
+    ),
+    "adapt": (
+        Adaptation,
+        adapt,
+        "adapter_model.safetensors",
+        (
+            "adapt.epochs=2",
+            "adapt.rank=2",
+            "adapt.alpha=4",
+            "adapt.batch_size=4",
+            "adapt.micro_batch_size=2",
+            "data.source.categories=[simple_python]",
+            "data.source.max_chars=450",
+            "evaluation.max_queries=1",
+        ),
+    ),
+}
+
+
+class Stopped(Exception):
+    """What stops a training, where Lightning does not look."""
+
+
+def steps_of(training, monkeypatch, stop_at: int | None) -> list[tuple[int, int]]:
+    """Notes the steps that are made from now on, by epoch and batch, and stops before one of them."""
+    steps = []
+    step = training.training_step
+
+    def noted(module, batch, batch_idx):
+        if len(steps) == stop_at:
+            raise Stopped
+        steps.append((module.current_epoch, batch_idx))
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(training, "training_step", noted)
+    return steps
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkeypatch, name):
+    training, stage, weights, options = TRAININGS[name]
+
+    def run(folder: Path) -> Run:
+        (folder / "run").mkdir(exist_ok=True, parents=True)
+        paths = [f"paths.run={folder}/run", f"paths.artifacts={folder}/artifacts"]
+        return Run(composed("experiment=tiny", f"stage={name if name == 'adapt' else 'adapters'}", *paths, *options))
+
+    monkeypatch.setattr(StepCheckpoints, "seconds", 0.0)
+    with monkeypatch.context() as patch:
+        undisturbed = steps_of(training, patch, None)
+        whole = load_file(stage(run(tmp_path / "whole")).folder / weights)
+    in_epoch = len(undisturbed) // 2
+    assert in_epoch > 4
+    made = []
+    # In the midst of the first epoch, with a gradient that waits for another one's; at its end; in the second one.
+    for stop_at in (3, in_epoch - 2, 1):
+        with monkeypatch.context() as patch:
+            made.append(steps_of(training, patch, stop_at))
+            with pytest.raises(Stopped):
+                stage(run(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        made.append(steps_of(training, patch, None))
+        stopped = stage(run(tmp_path / "stopped")).folder
+    # A batch whose gradient waited for that of the next one is seen again, no other one.
+    assert made == [undisturbed[:3], undisturbed[2:in_epoch], undisturbed[in_epoch : in_epoch + 1], undisturbed[in_epoch:]]
+    assert load_file(stopped / weights).keys() == whole.keys()
+    assert all(torch.equal(value, whole[key]) for key, value in load_file(stopped / weights).items())
+    assert not list(stopped.rglob("step.ckpt"))
+
+
+def test_a_loader_goes_on_after_what_it_gave_out():
+    loader = ResumableLoader(range(10), batch_size=3)
+    batches = iter(loader)
+    given = [next(batches).tolist(), next(batches).tolist()]
+    again = ResumableLoader(range(10), batch_size=3)
+    again.load_state_dict(loader.state_dict())
+    assert given == [[0, 1, 2], [3, 4, 5]]
+    assert [batch.tolist() for batch in again] == [[6, 7, 8], [9]]
+    # An epoch later it begins at the beginning.
+    assert len(list(again)) == 4
+    assert again.state_dict() == {"given": 4}
