@@ -75,7 +75,7 @@ class CompareJobs(Callback):
         # Other sweeps may have failed in this folder before.
         if lost := [path for path in jobs if failed(path, since=self._began)]:
             again = f"hydra.sweep.dir={folder} skip_completed=true"
-            log.error("%d of %d jobs failed; to run them alone, type the same command with %s", len(lost), len(jobs), again)
+            log.error("jobs that failed: %d; to run them alone, type the same command with %s", len(lost), again)
             sys.exit(1)
 
 

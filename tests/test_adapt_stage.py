@@ -52,9 +52,12 @@ def test_longer_queries_are_of_functions_that_no_other_split_calls(tmp_path):
     assert not {query.id for query in longer} & {query.id for members in run.splits.values() for query in members}
     assert not [query.id for query in held_out if query.functions & frozenset().union(*(q.functions for q in longer))]
     # What `data.only` leaves out of the other splits stays held out all the same.
-    narrowed = run_of(tmp_path, *options, "adapt.max_chars=2500", "data.only.categories=[simple_python]")
-    assert [query.id for query in longer_queries(narrowed)] == [query.id for query in longer]
+    narrowed = longer_queries(run_of(tmp_path, *options, "adapt.max_chars=2500", "data.only.categories=[live_multiple]"))
+    assert [query.id for query in narrowed] == [query.id for query in longer if query.category == "live_multiple"]
     assert longer_queries(run_of(tmp_path, *options)) == []
+    for shortest, said in ((2500, "2500"), ("null", "null")):
+        with pytest.raises(ValueError, match=rf"adapt\.max_chars=2500 adds no longer .+source\.max_chars is {said}"):
+            longer_queries(run_of(tmp_path, f"data.source.max_chars={shortest}", "adapt.max_chars=2500"))
 
 
 def test_templates_that_call_a_held_out_function_are_left_out(tmp_path, caplog):

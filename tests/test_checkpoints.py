@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import composed
 
-from dynprune.adapters.context import ContextTraining
-from dynprune.data.datamodule import ResumableLoader
-from dynprune.slm.adaptation import Adaptation
+from dynprune.adapters.context import ContextStream, ContextTraining
+from dynprune.data.datamodule import ResumableLoader, StreamData
+from dynprune.slm.adaptation import Adaptation, AnswerData
 from dynprune.stages.adapt import adapt
 from dynprune.stages.adapters import adapters
 from dynprune.stages.checkpoints import StepCheckpoints
@@ -23,6 +23,8 @@ TRAININGS = {
         "adapters.safetensors",
         (
             "adapter.bottleneck=8",
+            "adapter.epochs=1",
+            "adapter.max_samples=8",
             "adapter.context.epochs=2",
             "adapter.draw.max_layers=3",
             "adapter.context.batch_size=2",
@@ -37,8 +39,8 @@ TRAININGS = {
             "adapt.epochs=2",
             "adapt.rank=2",
             "adapt.alpha=4",
-            "adapt.batch_size=4",
-            "adapt.micro_batch_size=2",
+            "adapt.batch_size=2",
+            "adapt.micro_batch_size=1",
             "data.source.categories=[simple_python]",
             "data.source.max_chars=450",
             "evaluation.max_queries=1",
@@ -66,19 +68,20 @@ def steps_of(training, monkeypatch, stop_at: int | None) -> list[tuple[int, int]
     return steps
 
 
+def run_of(name: str, folder: Path) -> Run:
+    (folder / "run").mkdir(exist_ok=True, parents=True)
+    paths = [f"paths.run={folder}/run", f"paths.artifacts={folder}/artifacts"]
+    stage = name if name == "adapt" else "adapters"
+    return Run(composed("experiment=tiny", f"stage={stage}", *paths, *TRAININGS[name][-1]))
+
+
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkeypatch, name):
-    training, stage, weights, options = TRAININGS[name]
-
-    def run(folder: Path) -> Run:
-        (folder / "run").mkdir(exist_ok=True, parents=True)
-        paths = [f"paths.run={folder}/run", f"paths.artifacts={folder}/artifacts"]
-        return Run(composed("experiment=tiny", f"stage={name if name == 'adapt' else 'adapters'}", *paths, *options))
-
+    training, stage, weights, _ = TRAININGS[name]
     monkeypatch.setattr(StepCheckpoints, "seconds", 0.0)
     with monkeypatch.context() as patch:
         undisturbed = steps_of(training, patch, None)
-        whole = load_file(stage(run(tmp_path / "whole")).folder / weights)
+        whole = load_file(stage(run_of(name, tmp_path / "whole")).folder / weights)
     in_epoch = len(undisturbed) // 2
     assert in_epoch > 4
     made = []
@@ -87,15 +90,52 @@ def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkey
         with monkeypatch.context() as patch:
             made.append(steps_of(training, patch, stop_at))
             with pytest.raises(Stopped):
-                stage(run(tmp_path / "stopped"))
+                stage(run_of(name, tmp_path / "stopped"))
     with monkeypatch.context() as patch:
         made.append(steps_of(training, patch, None))
-        stopped = stage(run(tmp_path / "stopped")).folder
+        stopped = stage(run_of(name, tmp_path / "stopped")).folder
     # A batch whose gradient waited for that of the next one is seen again, no other one.
     assert made == [undisturbed[:3], undisturbed[2:in_epoch], undisturbed[in_epoch : in_epoch + 1], undisturbed[in_epoch:]]
     assert load_file(stopped / weights).keys() == whole.keys()
     assert all(torch.equal(value, whole[key]) for key, value in load_file(stopped / weights).items())
     assert not list(stopped.rglob("step.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_training_that_is_stopped_between_two_epochs_goes_on_from_there_and_from_each_later_one(tmp_path, monkeypatch, name):
+    training, stage, weights, options = TRAININGS[name]
+    monkeypatch.setitem(TRAININGS, name, (training, stage, weights, tuple(o.replace("epochs=2", "epochs=4") for o in options)))
+    with monkeypatch.context() as patch:
+        undisturbed = steps_of(training, patch, None)
+        whole = load_file(stage(run_of(name, tmp_path / "whole")).folder / weights)
+    in_epoch = len(undisturbed) // 4
+    data = AnswerData if name == "adapt" else StreamData
+    loader = data.train_dataloader
+
+    def stopped(self):
+        # Adapters are fitted one by one first, through the same module.
+        if self.trainer.current_epoch == 1 and (name == "adapt" or isinstance(self.training, ContextStream)):
+            raise Stopped
+        return loader(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCheckpoints, "seconds", 0.0)
+        patch.setattr(data, "train_dataloader", stopped)
+        with pytest.raises(Stopped):
+            stage(run_of(name, tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        again = steps_of(training, patch, 2 * in_epoch)
+        with pytest.raises(Stopped):
+            stage(run_of(name, tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        rest = steps_of(training, patch, None)
+        folder = stage(run_of(name, tmp_path / "stopped")).folder
+    # From the step's checkpoint on, the last batch or two of epoch 0; and then from the end of the last epoch that has ended.
+    assert again[0] in undisturbed[in_epoch - 2 : in_epoch]
+    assert rest == undisturbed[in_epoch * ((undisturbed.index(again[-1]) + 1) // in_epoch) :]
+    assert all(torch.equal(value, whole[key]) for key, value in load_file(folder / weights).items())
+    assert not list(folder.rglob("*-v1.ckpt"))
 
 
 def test_a_loader_goes_on_after_what_it_gave_out():

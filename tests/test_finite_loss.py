@@ -56,7 +56,7 @@ def test_step_queries_and_the_last_good_weights_are_named_and_the_weights_stay_g
 
 
 def test_a_batch_without_ids_in_the_first_epoch_is_named_by_its_place(tmp_path):
-    with pytest.raises(ValueError, match=r"at step 0 \(batch 0 of epoch 0\); no epoch has ended, so no weights were kept"):
+    with pytest.raises(ValueError, match=r"at step 0 \(batch 0 of epoch 0\); no epoch has left its weights"):
         train(Breaking([float("nan")]), tmp_path, [torch.zeros(1)])
 
 

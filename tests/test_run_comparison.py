@@ -390,3 +390,16 @@ def test_a_data_file_that_changes_is_another_input(tmp_path):
 
     assert inputs(1) == inputs(1)
     assert inputs(1) != inputs(2)
+
+
+def test_a_folder_that_is_named_is_an_input(tmp_path):
+    def inputs() -> dict:
+        places = [f"paths.run={tmp_path}/run", f"paths.artifacts={tmp_path}/artifacts"]
+        return Run(composed("experiment=tiny", f"router.folder={tmp_path}/mine", *places)).inputs
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/router.json").write_text("{}")
+    before = inputs()
+    assert inputs() == before
+    (tmp_path / "mine/router.json").write_text("{ }")
+    assert inputs() != before

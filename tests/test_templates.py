@@ -88,22 +88,38 @@ def test_the_calls_hold_what_the_words_say(weather, seed):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda r: r.pop("values"), r"templates\.jsonl:1: the field 'values' is missing"),
-        (lambda r: r["queries"][0].pop("calls"), r":1: a query lacks 'text' or 'calls'"),
+        (lambda r: r.pop("values"), r"templates\.jsonl:1: values: Field required; .+ shows how a line looks"),
+        (lambda r: r["tools"].clear(), r":1: tools: List should have at least 1 item"),
+        (
+            lambda r: r["tools"].__setitem__(0, {"type": "function", "function": r["tools"][0]}),
+            r":1: tools\.0\.name: Field required",
+        ),
+        (lambda r: r["tools"][0].pop("parameters"), r":1: tools\.0\.parameters: Field required"),
+        (lambda r: r["queries"].append("weather?"), r":1: queries\.3: "),
+        (lambda r: r["queries"][0].pop("calls"), r":1: queries\.0\.calls: Field required"),
+        (lambda r: r["queries"][0]["calls"][0].pop("arguments"), r":1: queries\.0\.calls\.0\.arguments: Field required"),
+        (lambda r: r["values"].update(days={"from": 1, "to": 2}), r":1: values\.days"),
+        (lambda r: r["values"].update(days={"range": [0.5, 2.5]}), r":1: values\.days.+whole without 'decimals'"),
+        (lambda r: r["values"].update(days={"range": [5, 2]}), r":1: values\.days.+does not rise"),
+        (lambda r: r["values"].update(city=[]), r":1: values\.city"),
         (lambda r: r["values"].pop("days"), r"has the slot 'days', which 'values' lacks"),
+        (lambda r: r["values"].update(city=["Oslo", "Bergen"]), r"has 3 different values of 'city', but 'values' has fewer"),
+        (lambda r: r["values"].update(city=["Oslo", "Rome", {"say": "Roma", "mean": "Rome"}]), r"'values' has fewer"),
+        (
+            lambda r: r["values"].update(days={"range": [2, 2]}) or r["queries"][0].update(text="{days} {days_2} {city}"),
+            "has fewer",
+        ),
         (lambda r: r["queries"][0].update(text="Weather in {city}?"), r"does not say \{days\}, which its calls give"),
+        (lambda r: r["queries"][0].update(text="{days} days in {city}, {City}?"), r"has \{City\}, which is no slot"),
         (lambda r: r["queries"][0]["calls"][0].update(name="rain"), r"calls 'rain', which 'tools' lacks"),
         (lambda r: r["queries"][0]["calls"][0]["arguments"].pop("city"), r"leaves out 'city', which weather requires"),
         (lambda r: r["queries"][0]["calls"][0]["arguments"].update(at=1), r"gives 'at', which weather has not"),
-        (
-            lambda r: r["queries"][0]["calls"][0]["arguments"].update(days="{city}"),
-            r"gives days='.+', but weather takes integer",
-        ),
+        (lambda r: r["queries"][0]["calls"][0]["arguments"].update(days="{city}"), r"gives days='.+', but weather takes int"),
         (lambda r: r["queries"][0]["calls"][0]["arguments"].update(days=True), r"gives days=True, but weather takes integer"),
-        (
-            lambda r: r["queries"][1]["calls"][0]["arguments"].update(unit="k"),
-            r"gives unit='k', but weather takes \['c', 'f'\]",
-        ),
+        (lambda r: r["queries"][1]["calls"][0]["arguments"].update(unit="k"), r"gives unit='k', but weather takes \['c', 'f'"),
+        # Each value counts, not only the one that happens to be drawn, and what is inside a list.
+        (lambda r: r["values"].update(days=[1, 2, 3, 4, 5, 6, 7, 8, "nine"]), r"gives days='nine', but weather takes integer"),
+        (lambda r: r["values"].update(heights=[[1, 2], [1, "2"]]), r"gives heights=\[1, '2'\], but tides takes array"),
     ],
 )
 def test_a_broken_line_is_told_where_and_what(tmp_path, change, sentence):
@@ -113,10 +129,16 @@ def test_a_broken_line_is_told_where_and_what(tmp_path, change, sentence):
         load_templates(write(tmp_path, record))
 
 
-def test_what_is_no_json_or_no_file_is_refused(tmp_path):
+def test_what_is_no_json_or_no_file_is_refused_and_blank_lines_are_not(tmp_path):
     path = write(tmp_path, WEATHER)
-    path.write_text(path.read_text() + "\n{")
-    with pytest.raises(ValueError, match=r"templates\.jsonl:2: not JSON"):
+    # A line separator inside a text ends no line.
+    path.write_text(path.read_text().replace("Tides", "Tides\u2028") + "\n\n")
+    assert len(load_templates(path)) == 1
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(ValueError, match=r"templates\.jsonl:3: Invalid JSON"):
+        load_templates(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"templates\.jsonl holds no templates"):
         load_templates(path)
     with pytest.raises(ValueError, match=r"adapt\.templates='nowhere'.+allowed: null, shipped"):
         templates_file("nowhere")

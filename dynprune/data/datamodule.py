@@ -52,6 +52,7 @@ class StreamData(lightning.LightningDataModule):
         validation: Sequence[IterableDataset[Any]],
         batch_size: int | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
+        resumable: bool = False,
     ) -> None:
         """Binds the streams.
 
@@ -60,19 +61,21 @@ class StreamData(lightning.LightningDataModule):
             validation: The streams to validate on.
             batch_size: Items in a batch of training; ``None`` where the streams yield batches.
             collate: Makes a batch of items.
+            resumable: Whether the training can go on in the midst of an epoch; see `ResumableLoader`.
         """
         super().__init__()
         self.training = training
         self._validation = validation
         self._batch_size = batch_size
         self._collate = collate
+        self._loader = ResumableLoader if resumable else DataLoader
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training stream, in this epoch's order."""
         set_epoch = getattr(self.training, "set_epoch", None)
         if set_epoch is not None and self.trainer is not None:
             set_epoch(self.trainer.current_epoch)
-        return ResumableLoader(self.training, batch_size=self._batch_size, collate_fn=self._collate)
+        return self._loader(self.training, batch_size=self._batch_size, collate_fn=self._collate)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The validation streams."""

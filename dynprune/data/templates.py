@@ -15,10 +15,13 @@ to take the value from the query. A file of templates holds one set of tools in 
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dynprune.data.tasks import Query
 
@@ -33,8 +36,45 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dict": (dict,),
 }
 _SHIPPED = Path(__file__).with_name("toolboxes.jsonl")
-_FIELDS = ("tools", "values", "queries")
 _CHANCE_OF_ONE_TOOL = 0.4
+
+
+class _Parameters(BaseModel, extra="allow"):
+    properties: dict[str, dict[str, Any]]
+    required: list[str] = []
+
+
+class _Tool(BaseModel, extra="allow"):
+    name: str = Field(min_length=1)
+    parameters: _Parameters
+
+
+class _Call(BaseModel, extra="forbid"):
+    name: str
+    arguments: dict[str, Any]
+
+
+class _Template(BaseModel, extra="forbid"):
+    text: str = Field(min_length=1)
+    calls: list[_Call] = Field(min_length=1)
+
+
+class _Range(BaseModel, extra="forbid"):
+    range: tuple[float, float]
+    decimals: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.range
+        if low > high or (self.decimals == 0 and not (low.is_integer() and high.is_integer())):
+            raise ValueError(f"range {list(self.range)} does not rise, or has numbers that are not whole without 'decimals'")
+        return self
+
+
+class _Record(BaseModel, extra="forbid"):
+    tools: list[_Tool] = Field(min_length=1)
+    values: dict[str, _Range | Annotated[list[Any], Field(min_length=1)]]
+    queries: list[_Template] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -77,24 +117,16 @@ def load_templates(path: Path) -> list[Toolbox]:
         path: JSON lines, see the module.
 
     Raises:
-        ValueError: If a line is broken: it is no JSON, lacks a field, names an unknown tool, parameter or slot, leaves out a
-            required parameter, or gives one of another type.
+        ValueError: If there is no line, or one is broken: it is no JSON, lacks a field, names an unknown tool, parameter or
+            slot, leaves out a required parameter, gives one of another type, or asks for more different values than there are.
     """
     toolboxes = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}:{line}"
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}); each line must be one JSON object") from None
-        missing = [field for field in _FIELDS if not record.get(field)] if isinstance(record, dict) else list(_FIELDS)
-        if missing:
-            raise ValueError(f"{where}: the field {missing[0]!r} is missing; each line needs {', '.join(_FIELDS)}")
-        toolbox = Toolbox(tuple(record["tools"]), record["values"], tuple(record["queries"]))
-        rng = random.Random(0)
-        for query in toolbox.queries:
-            _check(toolbox, query, rng, where)
-        toolboxes.append(toolbox)
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                toolboxes.append(_toolbox(text, f"{path}:{line}"))
+    if not toolboxes:
+        raise ValueError(f"{path} holds no templates; each line must be one JSON object with tools, values and queries")
     return toolboxes
 
 
@@ -142,12 +174,11 @@ def _drawn(slots: Sequence[tuple[str, str]], values: Mapping[str, Any], rng: ran
         if isinstance(source, dict):
             low, high = source["range"]
             decimals = source.get("decimals", 0)
-            for _ in range(20):
-                value = rng.randint(low, high) if not decimals else round(rng.uniform(low, high), decimals)
-                if value not in taken:
-                    break
+            value = None
+            while value is None or value in taken:
+                value = round(rng.uniform(low, high), decimals) if decimals else rng.randint(int(low), int(high))
         else:
-            value = rng.choice([v for v in source if _meant(v) not in taken] or source)
+            value = rng.choice([value for value in source if _meant(value) not in taken])
         drawn[slot + number] = value
     return drawn
 
@@ -175,43 +206,84 @@ def _resolved(node: Any, drawn: Mapping[str, Any]) -> Any:
     return _SLOT.sub(lambda found: str(_meant(drawn[found.group(1) + found.group(2)])), node)
 
 
-def _check(toolbox: Toolbox, template: Mapping[str, Any], rng: random.Random, where: str) -> None:
-    text = template.get("text")
-    if not text or not template.get("calls"):
-        raise ValueError(f"{where}: a query lacks 'text' or 'calls': {json.dumps(template)[:120]}")
-    slots = {slot for slot, _ in _slots(template)}
-    unknown = sorted(slots - set(toolbox.values))
-    if unknown:
-        raise ValueError(f"{where}: the query {text!r} has the slot {unknown[0]!r}, which 'values' lacks")
+def _toolbox(text: str, where: str) -> Toolbox:
+    """Reads one line.
+
+    Raises:
+        ValueError: See `load_templates`.
+    """
+    try:
+        _Record.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise ValueError(f"{where}: {what}; dynprune/data/templates.py shows how a line looks") from None
+    # As it was written: the order of a tool's fields is part of what the SLM reads.
+    record = json.loads(text)
+    toolbox = Toolbox(tuple(record["tools"]), record["values"], tuple(record["queries"]))
+    for query in toolbox.queries:
+        _check(toolbox, query, where)
+    return toolbox
+
+
+def _check(toolbox: Toolbox, template: Mapping[str, Any], where: str) -> None:
+    text, slots = template["text"], _slots(template)
+    query = f"{where}: the query {text!r}"
+    stray = re.search(r"\{\s*[A-Za-z_]\w*\s*\}", _SLOT.sub("", text))
+    if stray:
+        raise ValueError(f"{query} has {stray.group()}, which is no slot: its name has small letters, digits and underscores")
+    for slot, count in Counter(slot for slot, _ in slots).items():
+        if slot not in toolbox.values:
+            raise ValueError(f"{query} has the slot {slot!r}, which 'values' lacks")
+        if len(_all_of(toolbox.values[slot], count)) < count:
+            raise ValueError(f"{query} has {count} different values of {slot!r}, but 'values' has fewer")
     used = {slot + number for slot, number in _SLOT.findall(json.dumps([call["arguments"] for call in template["calls"]]))}
-    unsaid = sorted(used - {slot + number for slot, number in _slots(template)})
+    unsaid = sorted(used - {slot + number for slot, number in slots})
     if unsaid:
-        raise ValueError(f"{where}: the query {text!r} does not say {{{unsaid[0]}}}, which its calls give")
-    tools = {tool["name"]: tool for tool in toolbox.tools}
-    drawn = _drawn(_slots(template), toolbox.values, rng)
+        raise ValueError(f"{query} does not say {{{unsaid[0]}}}, which its calls give")
+    tools = {tool["name"]: tool["parameters"] for tool in toolbox.tools}
     for call in template["calls"]:
         if call["name"] not in tools:
-            raise ValueError(f"{where}: the query {text!r} calls {call['name']!r}, which 'tools' lacks")
-        parameters = tools[call["name"]]["parameters"]
-        arguments = _resolved(call["arguments"], drawn)
-        left_out = sorted(set(parameters.get("required", ())) - set(arguments))
+            raise ValueError(f"{query} calls {call['name']!r}, which 'tools' lacks")
+        parameters = tools[call["name"]]
+        left_out = sorted(set(parameters.get("required", ())) - set(call["arguments"]))
         if left_out:
-            raise ValueError(f"{where}: the query {text!r} leaves out {left_out[0]!r}, which {call['name']} requires")
-        for name, value in arguments.items():
-            schema = parameters["properties"].get(name)
-            if schema is None:
-                raise ValueError(f"{where}: the query {text!r} gives {name!r}, which {call['name']} has not")
-            allowed = _TYPES.get(schema.get("type", ""), (object,))
-            wrong = not isinstance(value, allowed) or (
-                isinstance(value, bool) and bool not in allowed and object not in allowed
-            )
-            if wrong or ("enum" in schema and not isinstance(value, list) and value not in schema["enum"]):
-                expected = schema.get("enum", schema.get("type"))
-                raise ValueError(f"{where}: the query {text!r} gives {name}={value!r}, but {call['name']} takes {expected}")
+            raise ValueError(f"{query} leaves out {left_out[0]!r}, which {call['name']} requires")
+        unknown = sorted(set(call["arguments"]) - set(parameters["properties"]))
+        if unknown:
+            raise ValueError(f"{query} gives {unknown[0]!r}, which {call['name']} has not")
+        choices = {slot + number: _all_of(toolbox.values[slot]) for slot, number in slots}
+        # Each value of each slot comes once, at least.
+        for turn in range(max([1, *map(len, choices.values())])):
+            drawn = {name: values[turn % len(values)] for name, values in choices.items()}
+            for name, value in _resolved(call["arguments"], drawn).items():
+                schema = parameters["properties"][name]
+                if not _fits(value, schema):
+                    takes = schema.get("enum", schema.get("type"))
+                    raise ValueError(f"{query} gives {name}={value!r}, but {call['name']} takes {takes}")
 
 
-def _is_a(value: Any, kind: str) -> bool:
-    if kind not in _TYPES:
-        return True
-    # A bool is an int for Python.
-    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+def _all_of(source: Any, count: int = 2) -> list[Any]:
+    """The values of a slot that differ in what they mean; of a range the ends and others, as many as asked for."""
+    if isinstance(source, dict):
+        decimals = source.get("decimals", 0)
+        low, high = source["range"]
+        steps = min(count - 1, round((high - low) * 10**decimals))
+        inner = [round(low + number / 10**decimals, decimals) for number in range(steps)]
+        return [float(value) if decimals else int(value) for value in (*inner, high)]
+    return list({json.dumps(_meant(value)): value for value in source}.values())
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    kind = schema.get("type")
+    if kind in _TYPES:
+        # A bool is an int for Python.
+        if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+            return False
+        if isinstance(value, list) and isinstance(schema.get("items"), dict):
+            return all(_fits(item, schema["items"]) for item in value)
+        if isinstance(value, dict) and isinstance(schema.get("properties"), dict):
+            return all(_fits(child, schema["properties"].get(name, {})) for name, child in value.items())
+    allowed = schema.get("enum")
+    return not allowed or all(item in allowed for item in (value if isinstance(value, list) else [value]))

@@ -21,7 +21,9 @@ _FEW_TOKENS = 8
 
 
 def prepare_attention(device: torch.device) -> None:
-    """Lets all models of transformers that attend by torch's kernels, ``sdpa``, do so by `folded_attention`, none by cuDNN's.
+    """Lets all models of transformers that attend by torch's kernels, ``sdpa``, do so by `folded_attention`.
+
+    Torch takes cuDNN's kernel for nothing any more, in this process.
 
     Args:
         device: Where models lie from now on.
@@ -29,8 +31,8 @@ def prepare_attention(device: torch.device) -> None:
     # Where keys and values serve several heads, transformers copies them for each of these, unless there is no mask: a GPU's
     # kernels need that, while the CPU's read them in place.
     os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1" if device.type == "cpu" else "0"
-    # With a mask and a width like 64 or 192, cuDNN's gradients in half precision are NaN on Hopper chips from torch 2.11 on
-    # (pytorch issue 196678); torch's other kernels are right.
+    # Where T leaves 64 when divided by 128, its gradients of masked attention in half precision can be NaN on Hopper chips from
+    # torch 2.11 on (pytorch issue 196678). Its outputs are right, but one kernel for training and use is one rounding for both.
     torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register("sdpa", folded_attention)
 

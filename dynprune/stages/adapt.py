@@ -1,20 +1,21 @@
 """The stage ``adapt``: task-tunes an SLM by LoRA and scores it on the test split."""
 
+import hashlib
 import json
 import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing, sha256
+from dynprune.atomic import replacing
 from dynprune.data.tasks import Query
 from dynprune.data.templates import Toolbox, load_templates, templates_file
 from dynprune.evaluation.accuracy import Asked, run_queries
@@ -24,7 +25,7 @@ from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delt
 from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of, upstream_of
-from dynprune.stages.checkpoints import StepCheckpoints, last_of
+from dynprune.stages.checkpoints import StepCheckpoints, epoch_checkpoints, last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -40,12 +41,13 @@ def adapt(run: Run) -> Artifact:
     the adapters of the run in the layers' places.
     """
     queries = run.queries("adapt", None, "data.splits.adapt")
-    queries = [*queries, *longer_queries(run)]
+    longer = longer_queries(run)
     toolboxes = usable_toolboxes(run)
     held_out = run.queries("test", run.config.evaluation.max_queries, "evaluation.max_queries")
     config = {
         "model": run.model_identity,
-        "adapt": plain(run.config.adapt),
+        # Of the templates their content counts, not where they lie.
+        "adapt": {key: value for key, value in plain(run.config.adapt).items() if key != "templates"},
         "max_tokens_margin": run.config.evaluation.max_tokens_margin,
         "seed": run.config.seed,
     }
@@ -60,30 +62,53 @@ def adapt(run: Run) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
-        samples = _train(run, queries, toolboxes, folder, stand_ins)
+        samples = _train(run, [*queries, *longer], toolboxes, folder, stand_ins)
         seconds = time.monotonic() - start
-        counts = {"training_samples": samples * run.config.adapt.epochs, **_score(run, held_out, folder)}
+        counts = {
+            "training_samples": samples * run.config.adapt.epochs,
+            "queries": len(queries),
+            "longer_queries": len(longer),
+            "toolboxes": len(toolboxes),
+            **_score(run, held_out, folder),
+        }
         _write_card(run, folder, counts, seconds)
         return counts
 
-    data = {"adapt": digest(queries), "test": digest(held_out)}
+    data = {"adapt": digest([*queries, *longer]), "test": digest(held_out)}
     if toolboxes:
-        data["templates"] = {"sha256": sha256(templates_file(run.config.adapt.templates))}
+        text = json.dumps([asdict(toolbox) for toolbox in toolboxes], sort_keys=True)
+        data["templates"] = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
     return run.store.get_or_build("adapt", VERSION, config, data, upstream, build, resumable=True)
 
 
 def longer_queries(run: Run) -> list[Query]:
-    """Queries too long for the splits, of functions that no held-out split calls."""
-    longest, source = run.config.adapt.max_chars, run.config.data.source
-    if longest is None or source.max_chars is None or longest <= source.max_chars:
+    """Queries too long for the splits, of functions that no held-out split calls, and of the categories that the run uses.
+
+    Raises:
+        ValueError: If the splits' queries are not limited, or have that length already.
+    """
+    longest, shortest = run.config.adapt.max_chars, run.config.data.source.get("max_chars")
+    if longest is None:
         return []
-    found: list[Query] = instantiate(source, max_chars=longest)
-    return [q for q in found if q.num_chars > source.max_chars and not q.functions & run.held_out_functions]
+    if shortest is None or longest <= shortest:
+        raise ValueError(
+            f"adapt.max_chars={longest} adds no longer queries, since the splits have those: data.source.max_chars is "
+            f"{'null' if shortest is None else shortest}; allowed: null, or more than that; type adapt.max_chars=null"
+        )
+    found: list[Query] = instantiate(run.config.data.source, max_chars=longest)
+    categories = plain(run.config.data.only.categories)
+    return [
+        query
+        for query in found
+        if query.num_chars > shortest
+        and not query.functions & run.held_out_functions
+        and (categories is None or query.category in categories)
+    ]
 
 
 def usable_toolboxes(run: Run) -> list[Toolbox]:
-    """The templates, without those that call a function that a held-out split calls."""
-    if run.config.adapt.templates is None:
+    """The templates to train on, without those that call a function that a held-out split calls."""
+    if run.config.adapt.templates is None or run.config.adapt.template_share == 0:
         return []
     toolboxes = load_templates(templates_file(run.config.adapt.templates))
     kept = [toolbox for toolbox in toolboxes if not toolbox.functions & run.held_out_functions]
@@ -121,7 +146,7 @@ def _train(run: Run, queries: Sequence[Query], toolboxes: Sequence[Toolbox], fol
     trainer = run.trainer(
         "adapt",
         folder,
-        [ModelCheckpoint(folder / "checkpoints", save_last=True), StepCheckpoints(folder / "checkpoints")],
+        [epoch_checkpoints(folder / "checkpoints"), StepCheckpoints(folder / "checkpoints")],
         max_epochs=settings.epochs,
         accumulate_grad_batches=accumulation("adapt", settings),
         gradient_clip_val=settings.clip,
@@ -209,6 +234,11 @@ def _write_card(run: Run, folder: Path, counts: Mapping[str, Any], seconds: floa
         if source["_target_"].endswith("load_bfcl") or _says_berkeley(run)
         else ""
     )
+    beside = {
+        "longer_queries": "{} longer ones of functions that no other split calls",
+        "toolboxes": "templates for {} sets of tools",
+    }
+    more = "".join(f", {said.format(counts[key])}" for key, said in beside.items() if counts[key])
     text = f"""---
 license: {run.config.adapt.license}
 library_name: peft
@@ -221,8 +251,8 @@ called function; `functions.json` lists those that were trained on.
 - Data: {json.dumps(source)}, of that {json.dumps(plain(run.config.data.only))}
 - Number format: {run.model_identity["dtype"]} for products, float32 for what is trained
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
-  trained on the adapt split, on longer queries of functions that no other split calls (`max_chars` of the recipe), and on
-  templates (`templates`); {counts["training_samples"]} samples over all epochs
+  trained on {counts["queries"]} queries of the adapt split{more}, {counts["training_samples"]} samples over all
+  epochs
 - Recipe: {json.dumps(plain(run.config.adapt))}
 - Start: {_start(run)}
 - Seed: {run.config.seed}

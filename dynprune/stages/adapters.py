@@ -12,7 +12,6 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from dynprune.adapters.checkpoint import (
@@ -38,7 +37,7 @@ from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
 from dynprune.slm.loading import SLM, without_commit
 from dynprune.slm.pruning import LayerPruner
-from dynprune.stages.checkpoints import StepCheckpoints, best_state, last_of
+from dynprune.stages.checkpoints import StepCheckpoints, best_state, epoch_checkpoints, last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
@@ -167,7 +166,7 @@ def _fitted(run: Run) -> Artifact:
         trainer = run.trainer(
             "adapters",
             folder,
-            [ModelCheckpoint(folder / "checkpoints", save_last=True)],
+            [epoch_checkpoints(folder / "checkpoints")],
             ids_of=lambda batch, epoch, number: _ids(run, stream.sequences(epoch, number)),
             max_epochs=settings.epochs,
         )
@@ -211,8 +210,9 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             ContextStream(training, draw, settings.micro_batch_size, run.config.adapter.seed),
             # Several configurations of each sample: one alone would choose the checkpoint by luck.
             [ContextStream(validation * _HELD_OUT_DRAWS, draw, settings.micro_batch_size, run.config.adapter.seed)],
+            resumable=True,
         )
-        best = ModelCheckpoint(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1, save_last=True)
+        best = epoch_checkpoints(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1)
         trainer = run.trainer(
             "context",
             folder,

@@ -33,10 +33,14 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class StepCheckpoints(Callback):
-    """Writes a checkpoint in the midst of an epoch now and then, beside those of a `ModelCheckpoint` at the epochs' ends."""
+    """Writes a checkpoint in the midst of an epoch now and then, beside those of a `ModelCheckpoint` at the epochs' ends.
+
+    A training that is killed then makes again what it did since the last of both: some seconds and the step in flight, or the
+    validation.
+    """
 
     seconds = 30.0
-    """Time between two of them, in seconds: what a killed training loses, at most."""
+    """Time between two of them, in seconds."""
 
     def __init__(self, folder: Path) -> None:
         """Binds the place.
@@ -75,7 +79,7 @@ class StepCheckpoints(Callback):
             self._given, self._written = 0, time.monotonic()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Removes that of the epoch before, whose end has one of its own."""
+        """Removes that of the epoch before, whose end has one of its own by now."""
         self._path.unlink(missing_ok=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -83,12 +87,24 @@ class StepCheckpoints(Callback):
         self._path.unlink(missing_ok=True)
 
 
+def epoch_checkpoints(folder: Path, **settings: Any) -> ModelCheckpoint:
+    """Lightning's callback that writes a checkpoint at the end of each epoch, the last one as ``last.ckpt``.
+
+    Args:
+        folder: Where to.
+        settings: Arguments of its own.
+    """
+    # One that is there already is of an attempt that was killed: beside it, the new one would not be found.
+    return ModelCheckpoint(folder, save_last=True, enable_version_counter=False, **settings)
+
+
 def last_of(folder: Path) -> Path | None:
     """The checkpoint that a training goes on from.
 
     Args:
-        folder: Where a `ModelCheckpoint` with ``save_last`` writes, and perhaps `StepCheckpoints`.
+        folder: Where `epoch_checkpoints` writes, and perhaps `StepCheckpoints`.
     """
+    # That of a step may be older than the end of its epoch, and never is of an epoch before.
     return next((path for path in (folder / _STEP, folder / "last.ckpt") if path.exists()), None)
 
 

@@ -53,7 +53,7 @@ class FiniteLoss(Callback):
         raise ValueError(
             f"{self._name}: the loss is {loss.item()} at step {trainer.global_step} (batch {self._number} of epoch "
             f"{trainer.current_epoch}{queries}); "
-            + (f"the last good weights are in {kept[0]}" if kept else "no epoch has ended, so no weights were kept")
+            + (f"the last good weights are in {kept[0]}" if kept else "no epoch has left its weights")
             + "; a smaller learning rate is what helps most often"
         )
 

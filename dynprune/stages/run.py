@@ -170,9 +170,17 @@ class Run:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Hashes of what the configuration names and what can change under its name: the queries, the SLM's files."""
+        """Hashes of what the configuration names and what can change under its name: queries, and what lies in folders."""
         queries = [query for members in self.splits.values() for query in members]
-        files = {key: self.model_identity.get(key) for key in ("content", "delta_content")}
+        config = self.config
+        files = {
+            "slm": self.model_identity["content"],
+            "delta": self.model_identity.get("delta_content"),
+            "adapters": content_digest(config.adapter.get("folder")),
+            "rollouts": content_digest(config.exploration.folder),
+            "router": content_digest(config.router.folder),
+            "encoder": content_digest(config.router.encoder.name_or_path),
+        }
         return {"queries": digest(queries)["sha256"], **{key: value for key, value in files.items() if value is not None}}
 
     @property
