@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dynprune.atomic import replacing
 from dynprune.evaluation.cells import listed
 from dynprune.evaluation.machine import describe_machine
@@ -90,5 +92,6 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # For this process and what it forks, and for the commands that it starts: results hang on the number of threads.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     main(sys.argv[1:])
