@@ -8,19 +8,13 @@ from pathlib import Path
 from threading import BrokenBarrierError
 
 import pytest
+from artifact_inputs import INPUTS
 
 from dynprune.artifacts import Store, fingerprint
 from dynprune.atomic import replacing
 from dynprune.manifests import check_content
 
 SPAWN = multiprocessing.get_context("spawn")
-INPUTS = {
-    "stage": "explore",
-    "version": 1,
-    "config": {"strategy": "dfs", "limit": 20},
-    "data": {"name": "bfcl", "ids": ["a", "b"]},
-    "upstream": {"adapters": "0123456789abcdef"},
-}
 
 
 def write_answer(folder: Path) -> dict[str, int]:

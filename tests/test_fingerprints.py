@@ -5,18 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from artifact_inputs import INPUTS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dynprune.artifacts import fingerprint
-
-INPUTS = {
-    "stage": "explore",
-    "version": 1,
-    "config": {"strategy": "dfs", "limit": 20},
-    "data": {"name": "bfcl", "ids": ["a", "b"]},
-    "upstream": {"adapters": "0123456789abcdef"},
-}
 
 repeatable = settings(deadline=None, derandomize=True, database=None, max_examples=60)
 json_floats = st.floats(allow_nan=False, allow_infinity=False)

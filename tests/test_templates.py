@@ -18,9 +18,7 @@ def tool(name: str, required: list[str], **properties) -> dict:
 TEXT = {"type": "string"}
 WEATHER = {
     "tools": [
-        tool(
-            "weather", ["city"], city={"type": "string"}, days={"type": "integer"}, unit={"type": "string", "enum": ["c", "f"]}
-        ),
+        tool("weather", ["city"], city=TEXT, days={"type": "integer"}, unit={**TEXT, "enum": ["c", "f"]}),
         tool("tides", ["port"], port=TEXT, heights={"type": "array", "items": {"type": "float"}}),
     ],
     "values": {

@@ -243,6 +243,7 @@ def _check(toolbox: Toolbox, template: Mapping[str, Any], where: str) -> None:
     if unsaid:
         raise ValueError(f"{query} does not say {{{unsaid[0]}}}, which its calls give")
     tools = {tool["name"]: tool["parameters"] for tool in toolbox.tools}
+    choices = {slot + number: _all_of(toolbox.values[slot]) for slot, number in slots}
     for call in template["calls"]:
         if call["name"] not in tools:
             raise ValueError(f"{query} calls {call['name']!r}, which 'tools' lacks")
@@ -253,7 +254,6 @@ def _check(toolbox: Toolbox, template: Mapping[str, Any], where: str) -> None:
         unknown = sorted(set(call["arguments"]) - set(parameters["properties"]))
         if unknown:
             raise ValueError(f"{query} gives {unknown[0]!r}, which {call['name']} has not")
-        choices = {slot + number: _all_of(toolbox.values[slot]) for slot, number in slots}
         # Each value of each slot comes once, at least.
         for turn in range(max([1, *map(len, choices.values())])):
             drawn = {name: values[turn % len(values)] for name, values in choices.items()}

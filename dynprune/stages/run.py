@@ -103,7 +103,7 @@ class Run:
 
     @cached_property
     def held_out_functions(self) -> frozenset[str]:
-        """Functions that the queries of the splits call on which no SLM is trained."""
+        """Functions that queries of the splits call, those of ``adapt`` left out: no SLM is trained on them."""
         return frozenset().union(*(q.functions for name, members in self._dealt.items() if name != "adapt" for q in members))
 
     @cached_property
