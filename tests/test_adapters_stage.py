@@ -77,7 +77,8 @@ def test_a_checkpoint_that_was_damaged_is_left_out_and_the_training_starts_over(
 def test_a_best_checkpoint_that_was_damaged_after_the_last_epoch_is_said_and_the_next_attempt_trains_anew(
     tmp_path, monkeypatch
 ):
-    typed = ("adapter.bottleneck=8", "adapter.context.epochs=2", "adapter.draw.max_layers=3")
+    small = ("adapter.epochs=1", "adapter.max_samples=8")
+    typed = ("adapter.bottleneck=8", "adapter.context.epochs=2", "adapter.draw.max_layers=3", *small)
     validate = lightning.Trainer.validate
 
     def stopped(trainer: lightning.Trainer, module: lightning.LightningModule, data: object, verbose: bool) -> object:

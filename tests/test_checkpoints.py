@@ -75,7 +75,8 @@ def run_of(name: str, folder: Path) -> Run:
     return Run(composed("experiment=tiny", f"stage={stage}", *paths, *TRAININGS[name][-1]))
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+# Both go the same way; one of them will do where minutes count.
+@pytest.mark.parametrize("name", ["context", pytest.param("adapt", marks=pytest.mark.slow)])
 def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkeypatch, name):
     training, stage, weights, _ = TRAININGS[name]
     monkeypatch.setattr(StepCheckpoints, "seconds", 0.0)

@@ -142,18 +142,22 @@ def test_what_is_no_json_or_no_file_is_refused_and_blank_lines_are_not(tmp_path)
         templates_file("nowhere")
 
 
-def test_no_held_out_query_calls_a_function_of_the_shipped_templates():
-    toolboxes = load_templates(templates_file("shipped"))
-    trained = frozenset().union(*(toolbox.functions for toolbox in toolboxes))
+@pytest.fixture(scope="module")
+def shipped() -> list[Toolbox]:
+    return load_templates(templates_file("shipped"))
+
+
+def test_no_held_out_query_calls_a_function_of_the_shipped_templates(shipped):
+    trained = frozenset().union(*(toolbox.functions for toolbox in shipped))
     # The quickstart's splits, see conf/data/bfcl.yaml and conf/base/splits.yaml.
     splits = split_by_function(load_bfcl(max_chars=2400), {"adapt": 0.5, "train": 0.16, "validation": 0.07, "test": 0.27}, 0)
     for name in ("train", "validation", "test"):
         assert not [query.id for query in splits[name] if query.functions & trained], name
 
 
-def test_every_shipped_template_gives_a_query_that_reads_and_an_answer_that_parses():
+def test_every_shipped_template_gives_a_query_that_reads_and_an_answer_that_parses(shipped):
     rng = random.Random(0)
-    for toolbox in load_templates(templates_file("shipped")):
+    for toolbox in shipped:
         for index in range(len(toolbox.queries)):
             query = fill(toolbox, index, "query", rng)
             words = query.messages[0]["content"]
