@@ -12,6 +12,7 @@ from dynprune.evaluation.curves import (
     compare_at_speed,
     covers,
     gap_closed,
+    merge_equal,
 )
 
 
@@ -228,3 +229,16 @@ def test_seeds_with_different_budgets_or_queries_are_not_averaged(curves):
 def test_points_that_make_no_curve_are_refused(points, sentence):
     with pytest.raises(ValueError, match=sentence):
         curve(*points)
+
+
+def test_several_sets_of_one_size_are_one_point_by_their_mean():
+    draws = curve(point(3, [1, 0, 0], 0.08), point(7, [1, 0, 0], 0.1), point(7, [0, 1, 0], 0.2), point(7, [0, 1, 0], 0.3))
+    small, large = merge_equal(draws).points
+    np.testing.assert_allclose(small.correct_N, [1, 0, 0])
+    np.testing.assert_allclose(large.correct_N, [1 / 3, 2 / 3, 0])
+    assert (large.mean_pruned_layers, large.nominal_speedup) == pytest.approx((7, 7 / 30))
+    assert large.measured_speedup == pytest.approx(0.2)
+    untimed = merge_equal(curve(point(7, [1], 0.1), point(7, [0])))
+    assert untimed.points[0].measured_speedup is None
+    # A router costs a layer: as many layers, another budget.
+    assert len(merge_equal(curve(point(7, [1]), point(7, [1], cost=1))).points) == 2

@@ -207,8 +207,9 @@ def test_a_missing_score_or_no_rows_are_refused():
 
 def test_colours_follow_the_name_and_statics_share_one():
     assert row_color("static-2") == row_color("static-5")
-    named = [row_color(name) for name in ("original", "static-2", "router-fbc", "router-dpo", "router-orpo")]
-    assert len(set(named)) == 5
+    routers = [f"router-{method}" for method in ("fbc", "dpo", "orpo", "value", "blind")]
+    named = [row_color(name) for name in ("original", "static-2", *routers)]
+    assert len(set(named)) == 7
     assert row_color("router-ipo") not in named
     (marker,) = [m for m in build_accuracy_speedup(SPREAD_ROWS).axes[0].lines if m.get_gid() == "router-dpo"]
     strip = next(m for m in build_layers_pruned(FREQUENCY).axes[0].collections if m.get_gid() == "router-dpo")
@@ -226,6 +227,13 @@ def test_budget_figure_draws_each_method_by_both_speedups():
         np.testing.assert_allclose(drawn(figure, "original/line", panel)[:, 1], [56, 56])
     assert [ax.get_xlabel() for ax in figure.axes] == ["Nominal speedup, %", "Measured speedup, %"]
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_budget_figure_draws_several_sets_of_one_size_as_their_mean():
+    draws = [BudgetPoint(7, 7 / 30, measured, np.arange(200) < right) for measured, right in ((0.1, 20), (0.2, 60), (0.3, 100))]
+    figure = build_budget_curve([BudgetCurve("random", draws)], FULL)
+    for panel, speedup in enumerate((700 / 30, 20)):
+        np.testing.assert_allclose(drawn(figure, "random", panel), [[speedup, 30]])
 
 
 def test_budget_figure_has_a_band_from_bound_to_bound_of_every_points_interval():

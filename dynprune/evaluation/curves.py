@@ -92,6 +92,23 @@ def average_seeds(curves: Sequence[BudgetCurve]) -> BudgetCurve:
     return BudgetCurve(curves[0].name, [_mix(points, np.ones(len(points))) for points in budgets])
 
 
+def merge_equal(curve: BudgetCurve) -> BudgetCurve:
+    """Makes one point of those with equal layers and nominal speedup, such as sets of one size drawn at random.
+
+    Its accuracy and measured speedup are their means.
+
+    Args:
+        curve: The method.
+
+    Returns:
+        The curve, its points in the order in which each budget came first.
+    """
+    budgets: dict[tuple[float, float], list[BudgetPoint]] = {}
+    for point in curve.points:
+        budgets.setdefault((round(point.mean_pruned_layers, 9), round(point.nominal_speedup, 9)), []).append(point)
+    return BudgetCurve(curve.name, [_mix(points, np.ones(len(points))) for points in budgets.values()])
+
+
 def covers(curve: BudgetCurve, speed: float, axis: Axis = "nominal_speedup") -> bool:
     """Whether `at_speed` knows the curve there."""
     speeds = [getattr(point, axis) for point in _known(curve, axis)]

@@ -19,7 +19,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dynprune.evaluation.curves import Axis, BudgetCurve
+from dynprune.evaluation.curves import Axis, BudgetCurve, merge_equal
 from dynprune.evaluation.labels import Label, place_labels, text_size
 from dynprune.evaluation.statistics import Interval, mean_interval
 from dynprune.evaluation.style import (
@@ -90,14 +90,15 @@ def build_budget_curve(curves: Sequence[BudgetCurve], full: Interval) -> Figure:
         full: AST match of the unpruned SLM.
 
     Returns:
-        The figure: a panel for each speedup, on one scale. A point that was not timed is in the upper one alone, and
-        where none was timed there is no lower one.
+        The figure: a panel for each speedup, on one scale. Several sets of a size are drawn as their mean. A point that was
+        not timed is in the upper one alone, and where none was timed there is no lower one.
 
     Raises:
         ValueError: There are no curves.
     """
     if not curves:
         raise ValueError("The figure of budget curves needs at least one curve.")
+    curves = [merge_equal(curve) for curve in curves]
     panels: dict[Axis, str] = {"nominal_speedup": "Nominal speedup, %", "measured_speedup": "Measured speedup, %"}
     if not any(_has(curve, "measured_speedup") for curve in curves):
         del panels["measured_speedup"]

@@ -26,12 +26,22 @@ COLORS = {
     "router-fbc": "#0072B2",
     "router-dpo": "#D55E00",
     "router-orpo": "#009E73",
+    "router-value": "#B8860B",
+    "router-blind": "#8C5A2B",
     "oracle": "#7B4FA3",
     "static_accuracy": "#A0A0A0",
 }
-_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00", "#8C5A2B")
-_MARKERS = {"original": "s", "router-fbc": "D", "router-dpo": "^", "router-orpo": "v", "oracle": "h"}
-_OTHER_MARKERS = ("P", "X", "p", "<", ">")
+_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = {
+    "original": "s",
+    "router-fbc": "D",
+    "router-dpo": "^",
+    "router-orpo": "v",
+    "router-value": "X",
+    "router-blind": "p",
+    "oracle": "h",
+}
+_OTHER_MARKERS = ("P", "<", ">", "d")
 
 
 def row_color(name: str) -> str:
