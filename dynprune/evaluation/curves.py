@@ -95,7 +95,7 @@ def average_seeds(curves: Sequence[BudgetCurve]) -> BudgetCurve:
 def merge_equal(curve: BudgetCurve) -> BudgetCurve:
     """Makes one point of those with equal layers and nominal speedup, such as sets of one size drawn at random.
 
-    Its accuracy and measured speedup are their means.
+    Its accuracy and measured speedup are their means; it has no measured one where one of them was not timed.
 
     Args:
         curve: The method.

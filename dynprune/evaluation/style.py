@@ -26,7 +26,7 @@ COLORS = {
     "router-fbc": "#0072B2",
     "router-dpo": "#D55E00",
     "router-orpo": "#009E73",
-    "router-value": "#B8860B",
+    "router-value": "#882255",
     "router-blind": "#8C5A2B",
     "oracle": "#7B4FA3",
     "static_accuracy": "#A0A0A0",
