@@ -24,11 +24,13 @@ def noting(folder: Path) -> Iterator[None]:
     Args:
         folder: The folder; it must exist.
     """
-    _noting.append(folder)
+    # Some writers resolve the paths that they are given.
+    root = folder.resolve()
+    _noting.append(root)
     try:
         yield
     finally:
-        _noting.remove(folder)
+        _noting.remove(root)
 
 
 def damaged(folder: Path) -> list[Path]:
@@ -115,6 +117,7 @@ def replacing(path: Path, appended: bool = False) -> Iterator[Path]:
 
 def _note(path: Path, content: Path) -> None:
     """Notes what a file is about to hold: a kill before it does leaves the older content, which was noted as well."""
+    path = path.parent.resolve() / path.name
     for root in _noting:
         if path.is_relative_to(root):
             with (root / NOTES).open("a", encoding="utf-8") as file:

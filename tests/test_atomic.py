@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,23 @@ def test_a_kill_around_the_rename_leaves_a_file_that_passes(tmp_path, monkeypatc
     assert damaged(tmp_path) == []
     (tmp_path / "last.ckpt").write_text("second  poch")
     assert damaged(tmp_path) == [tmp_path / "last.ckpt"]
+
+
+def test_a_file_is_noted_whichever_way_its_folder_is_named(tmp_path, monkeypatch):
+    # Lightning resolves the folder of its checkpoints.
+    (tmp_path / "real/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    for number, (root, written) in enumerate(
+        [("real", tmp_path / "real"), ("link", tmp_path / "real"), (tmp_path / "real", Path("link"))]
+    ):
+        with noting(Path(root)), replacing(written / f"inner/{number}.ckpt") as path:
+            path.write_bytes(b"state")
+        file = Path("real/inner") / f"{number}.ckpt"
+        assert damaged(Path("real")) == []
+        file.write_bytes(b"stabe")
+        assert damaged(Path("real")) == [file]
+        file.unlink()
 
 
 def test_notes_lead_to_no_file_outside_of_their_folder(tmp_path):
