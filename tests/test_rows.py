@@ -1,6 +1,7 @@
 """Rows of a table that are run together: what they say, and what is left of it when they are stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from tiny import composed
 
 import dynprune.stages.samples as samples_stage
+from dynprune.slm.speculative import Drafting
 from dynprune.stages.adapters import adapters, pruner_of
+from dynprune.stages.report import is_drawn
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run
 from dynprune.stages.samples import Answers, run_rows
@@ -190,3 +193,12 @@ def test_two_processes_say_what_one_says(tmp_path, monkeypatch, caplog):
             said.append(run_rows(run, ROWS, Answers(run, asked_of(run))))
         assert ("sharing the work out to 2 processes" in caplog.text) == (processes == 2)
     assert said[0] == said[1]
+
+
+def test_the_figure_of_accuracy_has_one_of_a_routers_seeds_and_nothing_that_fell_back():
+    seeds = [Row(f"router-dpo-s{seed}", ORIGINAL.choose, "abc", seed=seed, timed=seed == 0) for seed in range(2)]
+    fell_back = replace(ORIGINAL, name="router-dpo-s0@safe", seed=0)
+    drafts = replace(ORIGINAL, name="lossless-lookup", drafting=Drafting(True, 8, 0.5))
+    other_adapters = replace(ROWS[1], name="static-1-mse", timed=False)
+    rows = [*ROWS, *seeds, fell_back, drafts, other_adapters]
+    assert [row for row in rows if not is_drawn(row)] == [seeds[1], fell_back]

@@ -40,7 +40,7 @@ from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.explore import exploration_part, explore
 from dynprune.stages.router import CURVE
 from dynprune.stages.router_rows import TrainedMethod
-from dynprune.stages.rows import Row
+from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run, plain
 from dynprune.stages.samples import write_samples
 from dynprune.tracking import track_report
@@ -83,7 +83,8 @@ def report(run: Run) -> Path:
     write_table(rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins, run.inputs)
     for name, samples in evaluation.samples.items():
         write_samples(samples, new / "samples" / f"{name}.jsonl")
-    accuracy_speedup(rows, new / "accuracy_speedup.png")
+    drawn = [entry for row, entry in zip(evaluation.rows, rows, strict=True) if is_drawn(row)]
+    accuracy_speedup(drawn, new / "accuracy_speedup.png")
     curves = budget_curves(evaluation, rows)
     if curves:
         budget_curve(list(curves.values()), rows[0].scores[RIGHT_BY], new / "budget_curve.png")
@@ -172,6 +173,14 @@ def _table_row(run: Run, row: Row, evaluation: Evaluation) -> TableRow:
 
 def _is_pruned(row: Row) -> bool:
     return row.name != "original" and row.drafting is None
+
+
+def is_drawn(row: Row) -> bool:
+    """Whether the figure of accuracy and speedup has a row: dozens of points cannot be told apart.
+
+    It has one of a router's seeds, that which is timed, and nothing that fell back to the full SLM.
+    """
+    return (row.timed or row.seed is None) and not (_is_pruned(row) and row.origin == ORIGINAL.origin)
 
 
 def _lossless(samples: list[Sample], near_ties: int, unexplained: int) -> Lossless:
