@@ -66,6 +66,32 @@ def test_it_is_attention_head_by_head(batch, shared, groups, tokens, past, maske
     assert weights is None
 
 
+@pytest.mark.parametrize("masked", ["no", "by truth", "by numbers"])
+def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypatch, masked):
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", None)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 12, 8, generator=generator).bfloat16() for heads in (6, 2, 2)]
+    seen = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    if masked != "no":
+        seen[1, 0, :, :3] = False
+        seen[1, 0, :3, 0] = True
+    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).bfloat16()
+    mask = {"no": None, "by truth": seen, "by numbers": added}[masked]
+    wants, found = [], []
+    for dtype, into in ((torch.float64, wants), (torch.bfloat16, found)):
+        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+        if dtype == torch.float64:
+            out = head_by_head(query, key, value, seen, 3)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                out, _ = folded_attention(layer(3), query, key, value, mask)
+            assert out.dtype == torch.bfloat16
+        (out * torch.arange(8)).sum().backward()
+        into += [out, query.grad, key.grad, value.grad]
+    for want, got in zip(wants, found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_models_decode_as_with_eager_attention(make_slm, architecture):
     slm = make_slm(architecture)

@@ -65,16 +65,18 @@ def folded_attention(
     batch, heads, tokens, width = query_BHTw.shape
     shared = key_BKSw.shape[1]
     groups = getattr(module, "num_key_value_groups", 1)
-    folds = (
+    plain = (
         query_BHTw.device.type == "cpu"
-        and heads == shared * groups > shared
-        and tokens <= _FEW_TOKENS
-        # One token sees everything; of several, only a mask says what each of them sees, and it must be that of all heads.
-        and (tokens == 1 if attention_mask is None else attention_mask.shape[1] == 1)
+        and heads == shared * groups
+        # A mask must be that of all heads.
+        and (attention_mask is None or attention_mask.shape[1] == 1)
         and kwargs.get("position_bias") is None
         and kwargs.get("softcap") is None
     )
-    if not folds:
+    if plain and query_BHTw.dtype == torch.bfloat16 and query_BHTw.requires_grad and dropout == 0:
+        return _by_products(query_BHTw, key_BKSw, value_BKSw, attention_mask, scaling), None
+    # One token sees everything; of several, only a mask says what each of them sees.
+    if not (plain and groups > 1 and tokens <= _FEW_TOKENS and (tokens == 1 or attention_mask is not None)):
         return sdpa_attention_forward(
             module, query_BHTw, key_BKSw, value_BKSw, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -87,3 +89,29 @@ def folded_attention(
         scale=scaling,
     )
     return out.reshape(batch, heads, tokens, value_BKSw.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+def _by_products(
+    query_BHTw: Tensor, key_BKSw: Tensor, value_BKSw: Tensor, mask_B1TS: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention written out, for training: torch's kernel takes two to three times as long forward and backward in bfloat16.
+
+    Returns:
+        (B, T, H, w).
+    """
+    batch, heads, tokens, width = query_BHTw.shape
+    shared, length = key_BKSw.shape[1:3]
+    # Autocast would take the softmax to float32, copy by copy; in bfloat16 it sums in float32 as well.
+    with torch.autocast("cpu", enabled=False):
+        folded = query_BHTw * (width**-0.5 if scaling is None else scaling)
+        scores = folded.reshape(batch * shared, -1, width) @ key_BKSw.flatten(0, 1).transpose(1, 2)
+        scores_BHTS = scores.view(batch, heads, tokens, length)
+        if mask_B1TS is None:
+            mask_B1TS = torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)
+        if mask_B1TS.dtype == torch.bool:
+            # Added, which costs nothing backward; and not minus infinity, since a row of padding may see nothing.
+            mask_B1TS = torch.zeros(mask_B1TS.shape, dtype=scores.dtype).masked_fill_(~mask_B1TS, torch.finfo(scores.dtype).min)
+        scores_BHTS.add_(mask_B1TS)
+        weights = scores_BHTS.softmax(dim=-1).view(batch * shared, -1, length)
+        out_BHTw = (weights @ value_BKSw.flatten(0, 1)).view(batch, heads, tokens, -1)
+    return out_BHTw.transpose(1, 2).contiguous()

@@ -43,7 +43,7 @@ from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
 
 log = logging.getLogger(__name__)
 VERSION = 2
-CONTEXT_VERSION = 1
+CONTEXT_VERSION = 2
 ANSWERS_VERSION = 1
 HARM_VERSION = 1
 _HELD_OUT_DRAWS = 4
