@@ -7,13 +7,19 @@ from swapped import StandIn, random_adapters
 from torch.nn import functional
 
 from dynprune.data.templates import Toolbox, fill
-from dynprune.slm.adaptation import Adaptation, AnswerData, TokenisedAnswer, collate_answers, new_delta, save_delta
+from dynprune.slm.adaptation import Adaptation, AnswerData, TokenisedAnswer, collate_families, new_delta, save_delta
 from dynprune.slm.byte_tokenizer import byte_tokenizer
 from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import merge_delta, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 
-SAMPLES = [TokenisedAnswer([5, 9, 30, 41, 7, 2], 2), TokenisedAnswer([8, 60, 3], 1), TokenisedAnswer([7, 7, 90, 14], 3)]
+# Two with three tokens in common, of different lengths; one alone; two with nothing in common.
+FAMILIES = [
+    [TokenisedAnswer([5, 9, 30, 41, 7, 2], 2), TokenisedAnswer([5, 9, 30, 8, 12, 14, 60, 3, 2], 3)],
+    [TokenisedAnswer([8, 60, 3], 1)],
+    [TokenisedAnswer([7, 7, 90, 14], 3), TokenisedAnswer([9, 7, 3], 1)],
+]
+SAMPLES = [sample for samples in FAMILIES for sample in samples]
 
 
 def alone(model, sample: TokenisedAnswer) -> tuple[torch.Tensor, int]:
@@ -25,7 +31,7 @@ def alone(model, sample: TokenisedAnswer) -> tuple[torch.Tensor, int]:
 def loss_of(model, prune) -> torch.Tensor:
     module = Adaptation(model, 1e-3, 0.0, prune)
     module.log = lambda *args, **kwargs: None
-    return module.training_step(collate_answers(SAMPLES, pad_id=0), 0)
+    return module.training_step(collate_families(FAMILIES, pad_id=0), 0)
 
 
 def random_delta(make_slm, folder):
@@ -40,14 +46,23 @@ def random_delta(make_slm, folder):
     return folder
 
 
-def test_labels_are_the_answers_and_positions_start_at_the_first_real_token():
-    batch = collate_answers(SAMPLES, pad_id=0)
+def test_a_family_is_a_row_in_which_each_sample_sees_itself_and_what_is_common():
+    batch = collate_families(FAMILIES, pad_id=0)
     assert batch["input_ids"].shape == (3, 64)
-    for row, sample in enumerate(SAMPLES):
-        start = 64 - len(sample.ids)
-        assert batch["position_ids"][row, start:].tolist() == list(range(len(sample.ids)))
+    assert batch["attention_mask"].shape == (3, 1, 64, 64)
+    # What all begin with is there once, and the last token of a prompt never is.
+    assert batch["input_ids"][0, :14].tolist() == [5, 9, 30, 41, 7, 2, 8, 12, 14, 60, 3, 2, 0, 0]
+    for row, samples in enumerate(FAMILIES):
         labels = batch["labels"][row]
-        assert labels[labels != IGNORED].tolist() == sample.ids[-sample.num_answer_tokens :]
+        assert labels[labels != IGNORED].tolist() == [token for s in samples for token in s.ids[-s.num_answer_tokens :]]
+        ends = [index for index in range(64) if labels[index] != IGNORED and labels[index + 1] == IGNORED]
+        assert len(ends) == len(samples)
+        for sample, end in zip(samples, ends, strict=True):
+            seen = batch["attention_mask"][row, 0, end].nonzero().flatten()
+            assert batch["input_ids"][row, seen].tolist() == sample.ids
+            assert batch["position_ids"][row, seen].tolist() == list(range(len(sample.ids)))
+    assert batch["attention_mask"].any(dim=-1).all()
+    assert not batch["attention_mask"].triu(1).any()
 
 
 def test_training_goes_on_from_the_slm_with_its_delta(make_slm, tmp_path):
@@ -68,10 +83,11 @@ def test_with_pruned_layers_the_loss_and_its_gradient_are_those_of_swapped_modul
     folder = random_delta(make_slm, tmp_path / "delta")
     stack = random_adapters(sink=True)
     configurations = [(0, 2), (), (1, 3)]
+    of_samples = [configuration for samples, configuration in zip(FAMILIES, configurations, strict=True) for _ in samples]
 
     oracle = wrap_with_delta(make_slm().model, folder)
     total, tokens = torch.zeros(()), 0
-    for sample, configuration in zip(SAMPLES, configurations, strict=True):
+    for sample, configuration in zip(SAMPLES, of_samples, strict=True):
         layers = oracle.base_model.model.model.layers
         kept = {index: layers[index] for index in configuration}
         for index in configuration:
@@ -101,24 +117,34 @@ def test_a_delta_comes_back_as_it_was_written(make_slm, tmp_path):
     assert (folder / "adapter_model.safetensors").read_bytes() == (tmp_path / "again/adapter_model.safetensors").read_bytes()
 
 
-def test_all_templates_come_once_before_one_comes_again_and_an_epoch_is_drawn_alike_each_time():
-    tools = ({"name": "f", "description": "", "parameters": {"type": "dict", "properties": {"n": {"type": "integer"}}}},)
-    queries = tuple({"text": f"query {index}", "calls": [{"name": "f", "arguments": {"n": index}}]} for index in range(5))
-    toolbox = Toolbox(tools, {}, queries)
-    split = [fill(toolbox, 0, f"split-{index}", random.Random(index)) for index in range(2)]
+def test_all_toolboxes_come_once_before_one_comes_again_and_an_epoch_is_drawn_alike_each_time():
+    def toolbox(number: int) -> Toolbox:
+        parameters = {"type": "dict", "properties": {"n": {"type": "integer"}}}
+        tools = ({"name": f"f{number}", "description": "", "parameters": parameters},)
+        queries = ({"text": f"box {number}: {{n}}", "calls": [{"name": f"f{number}", "arguments": {"n": "{n}"}}]},)
+        return Toolbox(tools, {"n": {"range": [1, 99]}}, queries)
+
+    split = [fill(toolbox(9), 0, random.Random(index)) for index in range(2)]
     tokenizer = byte_tokenizer()
 
-    def data(toolboxes=(toolbox,)) -> AnswerData:
-        return AnswerData(split, toolboxes, tokenizer, 0.5, 0.0, 0.0, 2, 0)
+    boxes = tuple(map(toolbox, range(5)))
 
-    def texts(of: AnswerData, epoch: int) -> list[str]:
-        return [tokenizer.decode(sample.ids) for sample in of.samples(epoch)]
+    def data(toolboxes=boxes, families=None) -> AnswerData:
+        return AnswerData(split, toolboxes, tokenizer, 0.5, 0.0, 0.0, families, 3, 2, 0)
+
+    def texts(of: AnswerData, epoch: int) -> list[list[str]]:
+        return [[tokenizer.decode(sample.ids) for sample in samples] for samples in of.families(epoch)]
 
     whole = data()
     epochs = [texts(whole, epoch) for epoch in range(5)]
-    assert whole.samples_in_epoch == 4
+    assert whole.families_in_epoch == 4
     # A training that goes on at its fourth epoch sees what it would have seen.
     assert texts(data(), 3) == epochs[3]
-    asked = [re.search(r"query (\d)", text)[1] for epoch in epochs for text in epoch[2:]]
-    assert sorted(asked[:5]) == sorted(asked[5:]) == list("01234")
-    assert data(()).samples_in_epoch == 2
+    # A query whose values are not swapped is asked once, a template as often as it is wanted.
+    assert {tuple(map(len, epoch)) for epoch in epochs} == {(1, 1, 3, 3)}
+    asked = [{re.search(r"box (\d)", text)[1] for text in family} for epoch in epochs for family in epoch[2:]]
+    assert sorted(map(sorted, asked[:5])) == sorted(map(sorted, asked[5:])) == [[number] for number in "01234"]
+    assert data(()).families_in_epoch == 2
+    single = data((), families=1)
+    assert single.families_in_epoch == 1
+    assert sorted(texts(single, epoch)[0] for epoch in range(2)) == sorted(epochs[0][:2])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dynprune.data.augmentation import compose, join, stated_values, swap_values, vary_tools
+from dynprune.data.augmentation import Source, family, stated_values, swap_values, together, vary_tools
 from dynprune.data.bfcl import load_bfcl
 from dynprune.data.prompts import render_answer
 from dynprune.data.tasks import Query
@@ -101,38 +101,72 @@ def test_tools_that_are_called_stay_and_others_come_and_go():
     assert len({len(names) for names in seen}) > 2
 
 
-def test_joined_queries_ask_for_both_and_answer_both():
-    one, other = query("Say one.", {"a": 1}), query("Say two.", {"b": 2}, id_="b", name="g")
-    rng = random.Random(0)
-    made = [join(one, [other], rng) for _ in range(20)]
-    both = [q for q in made if len(q.answers) == 2]
-    assert 0 < len(both) < 20
-    for q in made:
-        assert {tool["name"] for tool in q.tools} == {"f", "g"}
-    for q in both:
-        assert re.fullmatch(r"Say one\. (Also, |Then, |And |)Say two\.", q.messages[-1]["content"])
-        assert [call["name"] for call in q.answers] == ["f", "g"]
-        assert SCORES["ast_match"](render_answer(q), q) == 1
-    assert all(q.answers == one.answers and q.messages == one.messages for q in made if q not in both)
+def source(made: Query) -> Source:
+    return Source(made.tools, lambda rng: swap_values(made, {}, rng))
 
 
-def test_queries_with_a_tool_of_one_name_or_too_many_tools_are_not_joined():
-    one = query("Say one.", {"a": 1})
-    many = query("x", {}, id_="b", name="g", tools=tuple({"name": f"g{i}", "parameters": {}} for i in range(3)))
-    rng = random.Random(0)
-    assert all(join(one, [other], rng) is one for other in (one, many) for _ in range(10))
-
-
-def test_a_query_joined_with_itself_asks_for_other_values_of_the_same_tool():
-    one = query("Add 12 and 34.", {"a": 12, "b": 34})
-    rng = random.Random(0)
-    made = [q for q in (compose(one, [one], {}, rng) for _ in range(30)) if q is not one]
-    assert made
+def test_a_family_has_its_sources_tools_in_their_order_and_different_queries():
+    tools = tuple({"name": f"g{i}", "parameters": {}} for i in range(2))
+    one, other = query("Add 12 and 34.", {"a": 12, "b": 34}, tools=tools), query("Say two.", {"b": 2}, id_="b", name="h")
+    made = family(source(one), source(other), 5, 0.0, random.Random(0))
+    assert len({q.messages[-1]["content"] for q in made}) == len(made) == 5
     for q in made:
         assert q.tools == one.tools
-        assert len(q.answers) == 2
-        assert q.answers[0] == one.answers[0]
-        assert q.answers[1]["arguments"] != one.answers[0]["arguments"]
-        for value in q.answers[1]["arguments"].values():
-            assert str(value) in q.messages[-1]["content"]
+        a, b = re.fullmatch(r"Add (\d+) and (\d+)\.", q.messages[-1]["content"]).groups()
+        assert q.answers == ({"name": "f", "arguments": {"a": int(a), "b": int(b)}},)
+    # Nothing else can be asked of what states no value.
+    assert len(family(source(query("x", {"a": 7})), source(other), 5, 0.0, random.Random(0))) == 1
+
+
+def test_families_of_two_sources_have_the_tools_of_both_and_ask_for_one_or_the_other_or_both():
+    one, other = query("Say one.", {"a": 1}), query("Say two.", {"b": 2}, id_="b", name="g")
+    made = [family(source(one), source(other), 9, 1.0, random.Random(seed)) for seed in range(40)]
+    joined = [queries for queries in made if len(queries[0].tools) == 2]
+    # The others would ask twice for the same.
+    assert all(len(queries) == 1 and queries[0].tools == one.tools for queries in made if queries not in joined)
+    assert 20 < len(joined) < 36
+    assert {tuple(tool["name"] for tool in queries[0].tools) for queries in joined} == {("f", "g"), ("g", "f")}
+    for queries in joined:
+        assert len({json.dumps(q.tools) for q in queries}) == 1
+    asked = {q.messages[-1]["content"]: q for queries in joined for q in queries}
+    links = {"Also, ", "Then, ", "And ", ""}
+    sentences = ("Say one.", "Say two.")
+    both = {f"{first} {link}{second}" for first in sentences for second in sentences if first != second for link in links}
+    assert set(asked) == both | set(sentences)
+    for words, q in asked.items():
+        calls = {"one": {"name": "f", "arguments": {"a": 1}}, "two": {"name": "g", "arguments": {"b": 2}}}
+        assert list(q.answers) == [calls[said] for said in re.findall("one|two", words)]
         assert SCORES["ast_match"](render_answer(q), q) == 1
+
+
+def test_a_family_asks_twice_with_other_values():
+    one = query("Add 12 and 34.", {"a": 12, "b": 34})
+    # Its own tool is no other one.
+    made = [q for seed in range(9) for q in family(source(one), source(one), 6, 1.0, random.Random(seed))]
+    twice = [q for q in made if len(q.answers) == 2]
+    assert 0 < len(twice) < len(made)
+    for q in twice:
+        assert q.answers[0] != q.answers[1]
+        numbers = [value for call in q.answers for value in call["arguments"].values()]
+        assert [int(number) for number in re.findall(r"\d+", q.messages[-1]["content"])] == numbers
+        assert SCORES["ast_match"](render_answer(q), q) == 1
+
+
+@pytest.mark.parametrize("names", [["f"], ["g0", "g1", "g2", "g3"]])
+def test_sources_with_a_tool_of_one_name_or_too_many_tools_are_not_joined(names):
+    one = query("Say one.", {"a": 1})
+    other = query("x", {}, id_="b", tools=tuple({"name": name, "parameters": {}} for name in names))
+    for seed in range(10):
+        for q in family(source(one), source(other), 3, 1.0, random.Random(seed)):
+            assert (q.tools, q.answers) == (one.tools, one.answers)
+
+
+def test_what_is_asked_for_together_keeps_both_system_messages_and_at_most_four_calls():
+    one, other = query("Say one.", {"a": 1}), query("Say two.", {"b": 2}, id_="b", name="g")
+    both = together(one, other, random.Random(0))
+    assert [m["content"] for m in both.messages if m["role"] == "system"] == ["Say one.", "Say two."]
+    assert both.id == "a+b"
+    four = together(both, together(other, one, random.Random(0)), random.Random(0))
+    assert len(four.answers) == 4
+    assert together(four, one, random.Random(0)) is four
+    assert together(one, one, random.Random(0)) is one

@@ -312,7 +312,7 @@ def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
         (["stage=adapters", "adapter.fit=ridge"], "allowed with it: adapter.activation=identity"),
         (["stage=adapters", "adapter=context"], "adapter.draw.max_layers=14 are not possible with 4 layers"),
         (["stage=adapters", "adapter.context.epochs=1", "adapter.context.batch_size=6"], "is no multiple of"),
-        (["stage=adapt", "adapt.batch_size=2"], "adapt.batch_size=2 is no multiple of adapt.micro_batch_size=4"),
+        (["stage=adapt", "adapt.micro_batch_size=3"], "adapt.batch_size=4 is no multiple of adapt.micro_batch_size=3"),
         (["evaluation.static=[0,2]"], "evaluation.static asks for 0 layers"),
         (["router.ratio=odd"], "router.ratio='odd' is unknown; allowed: normal, categorical"),
         (["router=slm_states", "router.slm_layers=2", "router.prunable_layers=[1,3]"], "allowed: layers from 2 on"),

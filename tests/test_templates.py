@@ -7,7 +7,7 @@ import pytest
 
 from dynprune.data.bfcl import load_bfcl
 from dynprune.data.splits import split_by_function
-from dynprune.data.templates import Toolbox, fill, load_templates, templates_file
+from dynprune.data.templates import Toolbox, fill, load_templates, source_of, templates_file
 from dynprune.metrics.parsing import parse_calls
 
 
@@ -63,24 +63,36 @@ def weather(tmp_path) -> Toolbox:
 @pytest.mark.parametrize("seed", range(20))
 def test_the_calls_hold_what_the_words_say(weather, seed):
     said = {"Oslo": "Oslo", "the capital of Peru": "Lima", "Bergen": "Bergen"}
-    query = fill(weather, 0, "a", random.Random(seed))
+    query = fill(weather, 0, random.Random(seed))
     words = query.messages[0]["content"]
     [call] = query.answers
     days, _, city = words.removesuffix("?").partition(" days of weather in ")
     assert call == {"name": "weather", "arguments": {"city": said[city], "days": int(days)}}
     assert 2 <= int(days) <= 9
     assert query.allowed == ({"weather": {"city": [said[city]], "days": [int(days)]}},)
-    assert {tool["name"] for tool in query.tools} in ({"weather"}, {"weather", "tides"})
-    assert query.category == ("simple" if len(query.tools) == 1 else "simple_multiple")
-    several = fill(weather, 1, "b", random.Random(seed))
+    several = fill(weather, 1, random.Random(seed))
     cities = [several.answers[0]["arguments"]["city"], several.answers[1]["arguments"]["city"]]
     port = several.answers[2]["arguments"]
     assert sorted([*cities, port["port"].removeprefix("Port of ")]) == ["Bergen", "Lima", "Oslo"]
     assert port["heights"] == [1, 2.5]
-    assert several.category == "parallel_multiple"
-    decimal = fill(weather, 2, "c", random.Random(seed))
+    decimal = fill(weather, 2, random.Random(seed))
     [tides] = decimal.answers
     assert decimal.messages[0]["content"].startswith(f"Tides {tides['arguments']['heights'][1]}, ")
+
+
+def test_a_source_gives_each_template_that_its_tools_answer_before_one_comes_again(weather):
+    rng = random.Random(0)
+    orders = set()
+    for _ in range(60):
+        source = source_of(weather, rng)
+        names = tuple(tool["name"] for tool in source.tools)
+        orders.add(names)
+        told = [source.draw(rng).messages[0]["content"].split()[0] for _ in range(6)]
+        kinds = ["days" if word.isdigit() else word for word in told]
+        answered = {("weather",): {"days"}, ("tides",): {"Tides"}}.get(names, {"days", "Weather", "Tides"})
+        assert set(kinds[: len(answered)]) == answered
+        assert kinds == kinds[: len(answered)] * (6 // len(answered))
+    assert orders == {("weather",), ("tides",), ("weather", "tides"), ("tides", "weather")}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_every_shipped_template_gives_a_query_that_reads_and_an_answer_that_pars
     rng = random.Random(0)
     for toolbox in shipped:
         for index in range(len(toolbox.queries)):
-            query = fill(toolbox, index, "query", rng)
+            query = fill(toolbox, index, rng)
             words = query.messages[0]["content"]
             assert not [slot for slot in toolbox.values if f"{{{slot}}}" in words], words
             assert parse_calls(json.dumps(list(query.answers))).calls == query.answers

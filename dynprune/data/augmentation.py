@@ -8,8 +8,8 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dynprune.data.tasks import Query
@@ -18,6 +18,9 @@ _MOST_TOOLS = 4
 _MOST_CALLS = 4
 _CHANCE_TO_DROP = 0.3
 _CHANCE_OF_ITSELF = 0.3
+_CHANCE_OF_BOTH = 0.5
+# What a source gives may come again; so many draws a query are made to find another one.
+_TRIES = 3
 _YEARS = (1700, 2100)
 # A number is not part of a word, of a longer number, a decimal, a date or a time.
 _BOUND = (r"(?<![\w.,/:-])", r"(?![\w/-]|[.,:]\d)")
@@ -98,54 +101,80 @@ def vary_tools(query: Query, rng: random.Random) -> Query:
     return replace(query, tools=tuple(tools))
 
 
-def join(query: Query, others: Sequence[Query], rng: random.Random) -> Query:
-    """Gives a query another one's tools beside its own, and half of the time asks for both in one query.
+@dataclass(frozen=True)
+class Source:
+    """Where queries with the same tools come from.
+
+    Attributes:
+        tools: Their function documents, in one order.
+        draw: Gives one of these queries; which tools it has itself does not matter.
+    """
+
+    tools: tuple[dict[str, Any], ...]
+    draw: Callable[[random.Random], Query]
+
+
+def family(source: Source, other: Source, size: int, compose_share: float, rng: random.Random) -> list[Query]:
+    """Different queries with the same tools in the same order, so that all of them begin with the same prompt.
+
+    With some probability the other source's tools stand beside the source's own, unless that would be more than four or two
+    different ones of one name. Then a query is one of the source, or one of the other source, or asks for both. Without,
+    it may ask twice for what the source gives, with other values.
 
     Args:
-        query: The query.
-        others: Queries to choose the other one from.
-        rng: Where the choice comes from.
+        source: Where the queries come from.
+        other: Another source, to join it with.
+        size: How many queries; there are fewer where the sources do not give as many different ones.
+        compose_share: Probability that the family is joined with the other source, or that some of its queries ask twice, 0..1.
+        rng: Where the choices come from.
+    """
+    sources, tools = [source], source.tools
+    composed = rng.random() < compose_share
+    if composed and rng.random() >= _CHANCE_OF_ITSELF:
+        added = tuple(tool for tool in other.tools if tool not in tools)
+        names = [tool["name"] for tool in (*tools, *added)]
+        if added and len(set(names)) == len(names) <= _MOST_TOOLS:
+            sources, tools = [source, other], tuple(rng.sample((*tools, *added), len(names)))
+    found: dict[str, Query] = {}
+    for _ in range(_TRIES * size):
+        if len(found) == size:
+            break
+        drawn = [each.draw(rng) for each in rng.sample(sources, len(sources))]
+        if len(drawn) < 2 and composed:
+            drawn.append(source.draw(rng))
+        query = drawn[0]
+        if composed and rng.random() < _CHANCE_OF_BOTH:
+            query = together(drawn[0], drawn[1], rng)
+        found.setdefault("\n".join(_user_words(query)), replace(query, tools=tools))
+    return list(found.values())
+
+
+def together(query: Query, other: Query, rng: random.Random) -> Query:
+    """Asks for two things in one query: the users' words one after the other, and so the calls.
+
+    Args:
+        query: The first query.
+        other: The second one.
+        rng: Where the link between them comes from.
 
     Returns:
-        The new query: the users' words one after the other, and so the calls; the query itself where it would have more
-        than four tools, two different tools of one name, or the same calls twice. Where the other one has the same tools, as
-        the query with other values has, it is always for both: several calls of one tool.
+        The new query, with the first one's tools; the first query itself where the calls would be the same twice, or more than
+        four.
     """
-    other = rng.choice(others)
-    added = [tool for tool in other.tools if tool not in query.tools]
-    names = {tool["name"] for tool in query.tools}
-    if len(names) + len(added) > _MOST_TOOLS or any(tool["name"] in names for tool in added) or query.answers == other.answers:
+    if query.answers == other.answers or len(query.answers) + len(other.answers) > _MOST_CALLS:
         return query
-    tools = [*query.tools, *added]
-    rng.shuffle(tools)
-    for_both = not added or rng.random() >= 0.5
-    if not for_both or len(query.answers) + len(other.answers) > _MOST_CALLS:
-        return replace(query, tools=tuple(tools))
     link = rng.choice((" Also, ", " Then, ", " And ", " "))
     first, second = (" ".join(_user_words(q)) for q in (query, other))
     system = [m for m in query.messages if m["role"] == "system"]
     system += [m for m in other.messages if m["role"] == "system" and m not in system]
-    return Query(
+    return replace(
+        query,
         id=f"{query.id}+{other.id}",
         category="parallel_multiple",
         messages=(*system, {"role": "user", "content": first + link + second}),
-        tools=tuple(tools),
         answers=query.answers + other.answers,
         allowed=query.allowed + other.allowed,
     )
-
-
-def compose(query: Query, others: Sequence[Query], values: Mapping[str, Sequence[str]], rng: random.Random) -> Query:
-    """Joins a query with another one, or with itself with other values.
-
-    Args:
-        query: The query.
-        others: See `join`.
-        values: See `swap_values`.
-        rng: Where the choice comes from.
-    """
-    with_itself = rng.random() < _CHANCE_OF_ITSELF
-    return join(query, [swap_values(query, values, rng)] if with_itself else others, rng)
 
 
 def _user_words(query: Query) -> list[str]:

@@ -12,6 +12,7 @@ to take the value from the query. A file of templates holds one set of tools in 
 ``{city}`` and ``{city_2}`` are different values of the slot ``city``.
 """
 
+import itertools
 import json
 import random
 import re
@@ -23,6 +24,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dynprune.data.augmentation import Source
 from dynprune.data.tasks import Query
 
 _SLOT = re.compile(r"\{([a-z][a-z0-9_]*?)((?:_[2-9])?)\}")
@@ -130,34 +132,49 @@ def load_templates(path: Path) -> list[Toolbox]:
     return toolboxes
 
 
-def fill(toolbox: Toolbox, index: int, name: str, rng: random.Random) -> Query:
-    """Makes a query of a template: values for its slots, and some of the tools in some order.
+def source_of(toolbox: Toolbox, rng: random.Random) -> Source:
+    """Some of a toolbox's tools in some order, and queries for them: no template comes again before all others have come.
+
+    Args:
+        toolbox: The tools and their templates.
+        rng: Where the choice of tools and the templates' order come from.
+    """
+    tools = list(toolbox.tools)
+    queries = list(range(len(toolbox.queries)))
+    if rng.random() < _CHANCE_OF_ONE_TOOL:
+        called = _called(toolbox.queries[rng.choice(queries)])
+        tools = [tool for tool in tools if tool["name"] in called]
+        queries = [index for index in queries if _called(toolbox.queries[index]) <= called]
+    rng.shuffle(tools)
+    rng.shuffle(queries)
+    order = itertools.cycle(queries)
+    return Source(tuple(tools), lambda rng: fill(toolbox, next(order), rng))
+
+
+def fill(toolbox: Toolbox, index: int, rng: random.Random) -> Query:
+    """Makes a query of a template: values for its slots.
 
     Args:
         toolbox: The tools and their templates.
         index: Which of the toolbox's queries.
-        name: The new query's id.
-        rng: Where the choices come from.
+        rng: Where the values come from.
     """
     template = toolbox.queries[index]
-    slots = _slots(template)
-    drawn = _drawn(slots, toolbox.values, rng)
+    drawn = _drawn(_slots(template), toolbox.values, rng)
     words = _SLOT.sub(lambda found: _said(drawn[found.group(1) + found.group(2)]), template["text"])
     answers = tuple({"name": call["name"], "arguments": _resolved(call["arguments"], drawn)} for call in template["calls"])
-    called = {call["name"] for call in answers}
-    tools = list(toolbox.tools)
-    if rng.random() < _CHANCE_OF_ONE_TOOL:
-        tools = [tool for tool in tools if tool["name"] in called]
-    rng.shuffle(tools)
-    kind = ("parallel" if len(answers) > 1 else "simple", "multiple" if len(tools) > 1 else "")
     return Query(
-        id=name,
-        category="_".join(part for part in kind if part),
+        id=f"template-{index}",
+        category="template",
         messages=({"role": "user", "content": words},),
-        tools=tuple(tools),
+        tools=toolbox.tools,
         answers=answers,
         allowed=tuple({call["name"]: {key: [value] for key, value in call["arguments"].items()}} for call in answers),
     )
+
+
+def _called(template: Mapping[str, Any]) -> set[str]:
+    return {call["name"] for call in template["calls"]}
 
 
 def _slots(template: Mapping[str, Any]) -> list[tuple[str, str]]:

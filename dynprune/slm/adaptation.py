@@ -3,12 +3,13 @@
 The shipped delta ``smollm2_135m_fc`` was made by this module through ``dynprune stage=adapt model=smollm2_135m``.
 """
 
+import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning
 import torch
@@ -23,19 +24,18 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dynprune.atomic import replacing
-from dynprune.data.augmentation import compose, stated_values, swap_values, vary_tools
+from dynprune.data.augmentation import Source, family, stated_values, swap_values, vary_tools
 from dynprune.data.datamodule import ResumableLoader
 from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.tasks import Query
-from dynprune.data.templates import Toolbox, fill
+from dynprune.data.templates import Toolbox, source_of
 from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import SLM
-from dynprune.slm.padding import left_padded
 
 _FUNCTIONS = "functions.json"
+_WIDTH_STEP = 64
 DELTA_FILES = ("adapter_config.json", "adapter_model.safetensors", _FUNCTIONS)
 """Of a delta's folder, what can change a result; its card cannot."""
-_WIDTH_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,16 @@ class TokenisedAnswer:
     num_answer_tokens: int
 
 
+_Item = TypeVar("_Item")
+Family = list[TokenisedAnswer]
+"""Samples whose prompts begin alike."""
+
+
 class AnswerData(lightning.LightningDataModule):
     """Queries with their reference answers, varied anew in each epoch (`dynprune.data.augmentation`), and more from templates.
 
-    With some probability a query states other values, or gets another one's tools beside its own, or is joined with it, or
-    with itself with other values.
+    They come in families, queries with the same tools: what these have in common passes through the SLM once. A family is made
+    of a query, which is asked with other values, or of a set of templates, and with some probability of two of these joined.
     Few queries of the benchmark need several calls or a choice between tools, and a small SLM does not learn either from
     these alone. What an epoch holds is drawn from the seed and the epoch's number, so that a training that goes on
     after a kill sees what it would have seen.
@@ -64,6 +69,8 @@ class AnswerData(lightning.LightningDataModule):
         template_share: float,
         swap: float,
         compose_share: float,
+        num_families: int | None,
+        family_size: int,
         batch_size: int,
         seed: int,
     ) -> None:
@@ -73,94 +80,145 @@ class AnswerData(lightning.LightningDataModule):
             queries: What to train on.
             toolboxes: Templates to train on as well.
             tokenizer: The SLM's tokenizer.
-            template_share: Share of an epoch's samples that come from templates, in 0..1, 1 excluded; none without toolboxes.
+            template_share: Share of an epoch's families that come from templates, in 0..1, 1 excluded; none without toolboxes.
             swap: Probability that a query's values are swapped, 0..1.
-            compose_share: Probability that a query gets another one's tools, or is joined with it, 0..1.
-            batch_size: Samples in a batch.
+            compose_share: Probability that a family is joined with another one, or asks for several things, 0..1.
+            num_families: Families in an epoch; by default there is one for each query, and its share of templates.
+            family_size: Queries in a family, at most.
+            batch_size: Families in a batch.
             seed: Seed of variations and order.
         """
         super().__init__()
         self._queries = queries
-        self._templates = [(toolbox, index) for toolbox in toolboxes for index in range(len(toolbox.queries))]
+        self._toolboxes = toolboxes
         self._tokenizer = tokenizer
-        self._num_filled = round(len(queries) * template_share / (1 - template_share)) if toolboxes else 0
+        share = template_share if toolboxes else 0.0
+        self._num_families = round(len(queries) / (1 - share)) if num_families is None else num_families
+        self._num_filled = round(self._num_families * share)
         self._swap = swap
         self._compose_share = compose_share
+        self._family_size = family_size
         self._batch_size = batch_size
         self._seed = seed
-        self._orders: dict[int, list[int]] = {}
 
     @property
-    def samples_in_epoch(self) -> int:
-        """How many samples an epoch has."""
-        return len(self._queries) + self._num_filled
+    def families_in_epoch(self) -> int:
+        """How many families an epoch has."""
+        return self._num_families
 
-    def samples(self, epoch: int) -> list[TokenisedAnswer]:
-        """The samples of one epoch: one for each query, and those from templates."""
+    def families(self, epoch: int) -> list[Family]:
+        """The samples of one epoch: families of queries and those from templates."""
         rng = random.Random(f"{self._seed}-{epoch}")
         values = stated_values(self._queries)
-        varied = [
-            vary_tools(swap_values(query, values, rng) if rng.random() < self._swap else query, rng) for query in self._queries
-        ]
-        varied += [fill(*self._template(epoch, position), f"template-{position}", rng) for position in range(self._num_filled)]
-        composed = [compose(query, varied, values, rng) if rng.random() < self._compose_share else query for query in varied]
-        return _tokenised(composed, self._tokenizer)
 
-    def _template(self, epoch: int, position: int) -> tuple[Toolbox, int]:
-        """Goes through all templates before one comes again, in another order each time."""
-        passes, place = divmod(epoch * self._num_filled + position, len(self._templates))
-        if passes not in self._orders:
-            order = list(range(len(self._templates)))
-            random.Random(f"{self._seed}-templates-{passes}").shuffle(order)
-            self._orders[passes] = order
-        return self._templates[self._orders[passes][place]]
+        def of_query(query: Query) -> Source:
+            return Source(
+                vary_tools(query, rng).tools,
+                lambda rng: swap_values(query, values, rng) if rng.random() < self._swap else query,
+            )
+
+        origins: list[Query | Toolbox] = [
+            *self._in_turn("queries", self._queries, epoch, self._num_families - self._num_filled),
+            *self._in_turn("templates", self._toolboxes, epoch, self._num_filled),
+        ]
+        sources = [source_of(origin, rng) if isinstance(origin, Toolbox) else of_query(origin) for origin in origins]
+        return _tokenised(
+            [family(source, rng.choice(sources), self._family_size, self._compose_share, rng) for source in sources],
+            self._tokenizer,
+        )
+
+    def _in_turn(self, name: str, items: Sequence[_Item], epoch: int, count: int) -> Iterator[_Item]:
+        """An epoch's share of items: all of them come before one comes again, in another order each time."""
+        order: list[int] = []
+        for place in range(epoch * count, (epoch + 1) * count):
+            if not order or place % len(items) == 0:
+                order = list(range(len(items)))
+                random.Random(f"{self._seed}-{name}-{place // len(items)}").shuffle(order)
+            yield items[order[place % len(items)]]
 
     def train_dataloader(self) -> ResumableLoader:
-        """The batches of the trainer's current epoch: left-padded, of samples of similar length."""
+        """The batches of the trainer's current epoch, of families of similar length."""
         epoch = self.trainer.current_epoch if self.trainer else 0
-        samples = self.samples(epoch)
+        families = self.families(epoch)
         sampler = LengthGroupedSampler(
             self._batch_size,
-            lengths=[len(sample.ids) for sample in samples],
+            lengths=[_num_tokens(samples) for samples in families],
             generator=torch.Generator().manual_seed(self._seed + epoch),
         )
         return ResumableLoader(
-            samples,  # type: ignore[arg-type]  # A list is a map-style data set.
+            families,  # type: ignore[arg-type]  # A list is a map-style data set.
             batch_size=self._batch_size,
             sampler=sampler,
-            collate_fn=lambda chosen: collate_answers(chosen, int(self._tokenizer.pad_token_id)),
+            collate_fn=lambda chosen: collate_families(chosen, int(self._tokenizer.pad_token_id)),
         )
 
 
-def _tokenised(queries: Sequence[Query], tokenizer: PreTrainedTokenizerBase) -> list[TokenisedAnswer]:
+def _tokenised(families: Sequence[Sequence[Query]], tokenizer: PreTrainedTokenizerBase) -> list[Family]:
     def tokens(texts: list[str]) -> list[list[int]]:
         # Rendered text holds the special tokens already. All in one call: the tokenizer works on several at once.
         return cast(list[list[int]], tokenizer(texts, add_special_tokens=False).input_ids)
 
+    queries = [query for members in families for query in members]
     prompts = tokens([render_prompt(tokenizer, query) for query in queries])
     answers = tokens([render_answer(query) for query in queries])
-    return [
+    samples = iter(
         TokenisedAnswer([*prompt, *answer, int(tokenizer.eos_token_id)], len(answer) + 1)
         for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    )
+    return [list(itertools.islice(samples, len(members))) for members in families]
 
 
-def collate_answers(samples: Sequence[TokenisedAnswer], pad_id: int) -> dict[str, Tensor]:
-    """Pads samples on the left; prompts have no label.
+def _num_shared(samples: Family) -> int:
+    """How many tokens the prompts have in common, without a prompt's last token, which says the answer's first one."""
+    columns = zip(*(sample.ids[: -sample.num_answer_tokens - 1] for sample in samples), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _num_tokens(samples: Family) -> int:
+    """How many tokens of a family pass through the SLM."""
+    shared = _num_shared(samples)
+    return shared + sum(len(sample.ids) - shared for sample in samples)
+
+
+def collate_families(families: Sequence[Family], pad_id: int) -> dict[str, Tensor]:
+    """Makes a row of each family: what its samples have in common, then what follows in each, and padding.
+
+    A token sees what its family has in common and what comes before it in its own sample, at its place in that sample: to the
+    SLM each sample is as if it were alone.
 
     Args:
-        samples: B samples.
+        families: B families.
         pad_id: The token that pads.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels``, all (B, T).
+        ``input_ids``, ``position_ids`` and ``labels``, all (B, T), and ``attention_mask``, (B, 1, T, T), True where the token
+        of a row sees that of a column. Only answers have labels.
     """
     # Few different widths: the CPU's matrix kernels are prepared anew for each shape, which takes longer than padding.
-    width = -(-max(len(sample.ids) for sample in samples) // _WIDTH_STEP) * _WIDTH_STEP
-    labels = [[IGNORED] * (width - s.num_answer_tokens) + s.ids[-s.num_answer_tokens :] for s in samples]
+    width = -(-max(map(_num_tokens, families)) // _WIDTH_STEP) * _WIDTH_STEP
+    ids_BT = torch.full((len(families), width), pad_id)
+    positions_BT = torch.zeros_like(ids_BT)
+    labels_BT = torch.full_like(ids_BT, IGNORED)
+    # 0 for what is common, the sample's number from 1 on, -1 for padding.
+    parts_BT = torch.full_like(ids_BT, -1)
+    for row, samples in enumerate(families):
+        shared = end = _num_shared(samples)
+        ids_BT[row, :shared] = torch.tensor(samples[0].ids[:shared])
+        positions_BT[row, :shared] = torch.arange(shared)
+        parts_BT[row, :shared] = 0
+        for number, sample in enumerate(samples, start=1):
+            start, end = end, end + len(sample.ids) - shared
+            ids_BT[row, start:end] = torch.tensor(sample.ids[shared:])
+            positions_BT[row, start:end] = torch.arange(shared, len(sample.ids))
+            parts_BT[row, start:end] = number
+            labels_BT[row, end - sample.num_answer_tokens : end] = torch.tensor(sample.ids[-sample.num_answer_tokens :])
+    seen_BTT = (parts_BT[:, None] == 0) | (parts_BT[:, None] == parts_BT[:, :, None])
     return {
-        **left_padded([sample.ids for sample in samples], pad_id, torch.device("cpu"), width),
-        "labels": torch.tensor(labels),
+        "input_ids": ids_BT,
+        "position_ids": positions_BT,
+        "labels": labels_BT,
+        # Padding sees padding: a row of a softmax must see something.
+        "attention_mask": seen_BTT.tril()[:, None],
     }
 
 
@@ -205,22 +263,21 @@ class Adaptation(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the answer's tokens, in nats a token."""
-        labels_BT = batch["labels"]
-        keep = int((labels_BT != IGNORED).sum(dim=1).max()) + 1
-        self._prune(f"{self.current_epoch}-{batch_idx}", len(labels_BT))
+        following_BT = batch["labels"].roll(-1, dims=1)
+        # Elsewhere nobody asks for the logits, and a row of them is as long as the vocabulary.
+        asked_K = (following_BT != IGNORED).any(dim=0).nonzero().flatten()
+        self._prune(f"{self.current_epoch}-{batch_idx}", len(following_BT))
         # Autocast chooses the dtype of each product already: peft's own casts would double time and memory.
         with disable_input_dtype_casting(self.slm):
-            logits_BTV = self.slm(
+            logits_BKV = self.slm(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 position_ids=batch["position_ids"],
-                logits_to_keep=keep,
+                logits_to_keep=asked_K,
                 use_cache=False,
             ).logits
         loss = functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1).float(),
-            labels_BT[:, -keep + 1 :].flatten(),
-            ignore_index=IGNORED,
+            logits_BKV.flatten(0, 1).float(), following_BT[:, asked_K].flatten(), ignore_index=IGNORED
         )
         self.log("train/loss", loss, prog_bar=True)
         return loss

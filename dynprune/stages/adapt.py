@@ -31,7 +31,7 @@ from dynprune.stages.run import Run, digest, plain
 
 log = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 
 
 def adapt(run: Run) -> Artifact:
@@ -62,10 +62,10 @@ def adapt(run: Run) -> Artifact:
 
     def build(folder: Path) -> dict[str, Any]:
         start = time.monotonic()
-        samples = _train(run, [*queries, *longer], toolboxes, folder, stand_ins)
+        families = _train(run, [*queries, *longer], toolboxes, folder, stand_ins)
         seconds = time.monotonic() - start
         counts = {
-            "training_samples": samples * run.config.adapt.epochs,
+            "training_families": families * run.config.adapt.epochs,
             "queries": len(queries),
             "longer_queries": len(longer),
             "toolboxes": len(toolboxes),
@@ -118,7 +118,7 @@ def usable_toolboxes(run: Run) -> list[Toolbox]:
 
 
 def _train(run: Run, queries: Sequence[Query], toolboxes: Sequence[Toolbox], folder: Path, stand_ins: Artifact | None) -> int:
-    """Trains and writes the delta; returns the number of samples in an epoch."""
+    """Trains and writes the delta; returns the number of families in an epoch."""
     settings = run.config.adapt
     draw = drawing(run, stand_ins) if settings.layer_dropout else None
     # The SLM that the adapters were measured on makes room for the one that is trained.
@@ -132,6 +132,8 @@ def _train(run: Run, queries: Sequence[Query], toolboxes: Sequence[Toolbox], fol
         settings.template_share,
         settings.swap,
         settings.compose,
+        settings.families,
+        settings.family_size,
         settings.micro_batch_size,
         run.config.seed,
     )
@@ -167,7 +169,7 @@ def _train(run: Run, queries: Sequence[Query], toolboxes: Sequence[Toolbox], fol
     before = trained_functions(delta_folder(delta)) if delta is not None else frozenset()
     trained = before.union(*(query.functions for query in queries), *(toolbox.functions for toolbox in toolboxes))
     save_delta(model, folder, trained)
-    return data.samples_in_epoch
+    return data.families_in_epoch
 
 
 def _check_goes_on(settings: DictConfig, delta: str, stored: Any) -> None:
@@ -251,8 +253,8 @@ called function; `functions.json` lists those that were trained on.
 - Data: {json.dumps(source)}, of that {json.dumps(plain(run.config.data.only))}
 - Number format: {run.model_identity["dtype"]} for products, float32 for what is trained
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
-  trained on {counts["queries"]} queries of the adapt split{more}, {counts["training_samples"]} samples over all
-  epochs
+  trained on {counts["queries"]} queries of the adapt split{more}, {counts["training_families"]} families of up to
+  {run.config.adapt.family_size} queries over all epochs
 - Recipe: {json.dumps(plain(run.config.adapt))}
 - Start: {_start(run)}
 - Seed: {run.config.seed}
