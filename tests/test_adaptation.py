@@ -1,5 +1,7 @@
 import random
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def random_delta(make_slm, folder):
 def test_a_family_is_a_row_in_which_each_sample_sees_itself_and_what_is_common():
     batch = collate_families(FAMILIES, pad_id=0)
     assert batch["input_ids"].shape == (3, 64)
-    assert batch["attention_mask"].shape == (3, 1, 64, 64)
+    assert batch["seen"].shape == (3, 1, 64, 64)
     # What all begin with is there once, and the last token of a prompt never is.
     assert batch["input_ids"][0, :14].tolist() == [5, 9, 30, 41, 7, 2, 8, 12, 14, 60, 3, 2, 0, 0]
     for row, samples in enumerate(FAMILIES):
@@ -58,14 +60,16 @@ def test_a_family_is_a_row_in_which_each_sample_sees_itself_and_what_is_common()
         ends = [index for index in range(64) if labels[index] != IGNORED and labels[index + 1] == IGNORED]
         assert len(ends) == len(samples)
         for sample, end in zip(samples, ends, strict=True):
-            seen = batch["attention_mask"][row, 0, end].nonzero().flatten()
+            seen = batch["seen"][row, 0, end].nonzero().flatten()
             assert batch["input_ids"][row, seen].tolist() == sample.ids
             assert batch["position_ids"][row, seen].tolist() == list(range(len(sample.ids)))
-    assert batch["attention_mask"].any(dim=-1).all()
-    assert not batch["attention_mask"].triu(1).any()
+    assert not batch["seen"].triu(1).any()
 
 
-def test_training_goes_on_from_the_slm_with_its_delta(make_slm, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss", "mistral"])
+def test_training_goes_on_from_the_slm_with_its_delta(make_slm, tmp_path, architecture):
+    # Two of these attend eagerly, whatever the others do.
+    make_slm = partial(make_slm, architecture)
     folder = random_delta(make_slm, tmp_path / "delta")
     merged = merge_delta(make_slm().model, folder)
     losses = [alone(merged, sample) for sample in SAMPLES]
@@ -110,6 +114,14 @@ def test_with_pruned_layers_the_loss_and_its_gradient_are_those_of_swapped_modul
             torch.testing.assert_close(parameter.grad, want[name], rtol=1e-3, atol=1e-6)
 
 
+def test_a_sample_that_a_layer_cannot_see_whole_is_refused(make_slm, tmp_path):
+    slm = make_slm("mistral")
+    slm.model.config.sliding_window = 8
+    model = new_delta(slm, 2, 4, "all-linear")
+    with pytest.raises(ValueError, match=r"the last 8 tokens of a text, but prompt and answer of a query have 9.+max_chars"):
+        loss_of(model, lambda batch, size: None)
+
+
 def test_a_delta_comes_back_as_it_was_written(make_slm, tmp_path):
     folder = random_delta(make_slm, tmp_path / "delta")
     first = wrap_with_delta(make_slm().model, folder)
@@ -145,6 +157,13 @@ def test_all_toolboxes_come_once_before_one_comes_again_and_an_epoch_is_drawn_al
     asked = [{re.search(r"box (\d)", text)[1] for text in family} for epoch in epochs for family in epoch[2:]]
     assert sorted(map(sorted, asked[:5])) == sorted(map(sorted, asked[5:])) == [[number] for number in "01234"]
     assert data(()).families_in_epoch == 2
+    # Whatever is composed, the samples of a family have a prompt's tools and system messages in common.
+    told = [replace(q, messages=({"role": "system", "content": f"Be {i}."}, *q.messages)) for i, q in enumerate(split)]
+    composed = AnswerData([*split, *told], boxes, tokenizer, 0.5, 1.0, 1.0, 40, 4, 1, 0)
+    for samples in composed.families(0):
+        prompts = [tokenizer.decode(sample.ids[: -sample.num_answer_tokens]) for sample in samples]
+        assert len({prompt.rpartition("user")[0] for prompt in prompts}) == 1
+        assert len(set(prompts)) == len(prompts)
     single = data((), families=1)
     assert single.families_in_epoch == 1
     assert sorted(texts(single, epoch)[0] for epoch in range(2)) == sorted(epochs[0][:2])

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynprune.slm import attention
-from dynprune.slm.attention import folded_attention, prepare_attention
+from dynprune.slm.attention import added_mask, folded_attention, prepare_attention
 from dynprune.slm.loading import load_tiny
 
 
@@ -66,30 +66,62 @@ def test_it_is_attention_head_by_head(batch, shared, groups, tokens, past, maske
     assert weights is None
 
 
-@pytest.mark.parametrize("masked", ["no", "by truth", "by numbers"])
-def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypatch, masked):
+@pytest.mark.parametrize(("masked", "groups"), [("no", 3), ("by truth", 3), ("by numbers", 3), ("by truth", 1)])
+def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypatch, masked, groups):
     monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", None)
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, heads, 12, 8, generator=generator).bfloat16() for heads in (6, 2, 2)]
+    sizes = ((2 * groups, 8), (2, 8), (2, 5))
+    inputs = [torch.randn(2, heads, 12, width, generator=generator).bfloat16() for heads, width in sizes]
     seen = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
     if masked != "no":
         seen[1, 0, :, :3] = False
         seen[1, 0, :3, 0] = True
-    added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).bfloat16()
-    mask = {"no": None, "by truth": seen, "by numbers": added}[masked]
+    mask = {"no": None, "by truth": seen, "by numbers": added_mask(seen, torch.bfloat16)}[masked]
     wants, found = [], []
     for dtype, into in ((torch.float64, wants), (torch.bfloat16, found)):
         query, key, value = (tensor.to(dtype).requires_grad_() for tensor in inputs)
         if dtype == torch.float64:
-            out = head_by_head(query, key, value, seen, 3)
+            out = head_by_head(query * math.sqrt(8) / 2, key, value, seen, groups)
         else:
             with torch.autocast("cpu", torch.bfloat16):
-                out, _ = folded_attention(layer(3), query, key, value, mask)
+                out, _ = folded_attention(layer(groups), query, key, value, mask, scaling=0.5)
             assert out.dtype == torch.bfloat16
-        (out * torch.arange(8)).sum().backward()
+        (out * torch.arange(5)).sum().backward()
         into += [out, query.grad, key.grad, value.grad]
     for want, got in zip(wants, found, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02 * want.abs().max().item())
+
+
+def test_a_row_that_sees_nothing_is_still_a_number_and_changes_no_other_one():
+    inputs = [torch.randn(1, 2, 4, 8).bfloat16().requires_grad_() for _ in range(3)]
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    want, _ = folded_attention(layer(1), *inputs, seen)
+    blind = seen.clone()
+    blind[0, 0, 0] = False
+    got, _ = folded_attention(layer(1), *inputs, blind)
+    got[:, 1:].sum().backward()
+    assert torch.equal(got[:, 1:], want[:, 1:])
+    assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("why", ["not causal", "more keys", "dropout", "too many weights", "float32"])
+def test_what_cannot_be_written_out_is_left_to_the_kernel(monkeypatch, why):
+    asked = []
+
+    def kernel(query, key, value, **arguments):
+        asked.append(arguments)
+        return query
+
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "_MOST_WEIGHTS", 2 * 3 * 12 * 12 - 1 if why == "too many weights" else 1 << 20)
+    dtype = torch.float32 if why == "float32" else torch.bfloat16
+    query = torch.randn(2, 3, 12, 8, dtype=dtype, requires_grad=True)
+    key = torch.randn(2, 3, 13 if why == "more keys" else 12, 8, dtype=dtype)
+    module = layer(1)
+    module.is_causal = why != "not causal"
+    folded_attention(module, query, key, key, None, dropout=0.1 if why == "dropout" else 0.0)
+    assert [call["is_causal"] for call in asked] == [why != "not causal"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])

@@ -1,10 +1,11 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
-from dynprune.data.augmentation import Source, family, stated_values, swap_values, together, vary_tools
+from dynprune.data.augmentation import Source, family, stated_values, swap_values, vary_tools
 from dynprune.data.bfcl import load_bfcl
 from dynprune.data.prompts import render_answer
 from dynprune.data.tasks import Query
@@ -161,12 +162,27 @@ def test_sources_with_a_tool_of_one_name_or_too_many_tools_are_not_joined(names)
             assert (q.tools, q.answers) == (one.tools, one.answers)
 
 
-def test_what_is_asked_for_together_keeps_both_system_messages_and_at_most_four_calls():
+def test_all_queries_of_a_family_have_the_system_messages_of_both_sources():
+    def said(made: Query, role: str) -> list[str]:
+        return [message["content"] for message in made.messages if message["role"] == role]
+
     one, other = query("Say one.", {"a": 1}), query("Say two.", {"b": 2}, id_="b", name="g")
-    both = together(one, other, random.Random(0))
-    assert [m["content"] for m in both.messages if m["role"] == "system"] == ["Say one.", "Say two."]
-    assert both.id == "a+b"
-    four = together(both, together(other, one, random.Random(0)), random.Random(0))
-    assert len(four.answers) == 4
-    assert together(four, one, random.Random(0)) is four
-    assert together(one, one, random.Random(0)) is one
+    system = [{"role": "system", "content": word} for word in ("Be kind.", "Be brief.")]
+    sources = [replace(source(one), system=tuple(system[:1])), replace(source(other), system=tuple(system))]
+    made = [q for seed in range(20) for q in family(*sources, 9, 1.0, random.Random(seed)) if len(q.tools) == 2]
+    assert {tuple(said(q, "system")) for q in made} == {("Be kind.", "Be brief.")}
+    assert len({len(q.answers) for q in made}) == 2
+    alone = family(*sources, 9, 0.0, random.Random(0))
+    assert [(said(q, "system"), said(q, "user")) for q in alone] == [(["Be kind."], ["Say one."])]
+
+
+def test_a_query_asks_for_four_things_at_most():
+    def several(name: str, count: int) -> Query:
+        made = query(f"{name}!", {}, name=name)
+        calls = tuple({"name": name, "arguments": {"a": number}} for number in range(count))
+        return replace(made, answers=calls, allowed=tuple({name: {"a": [number]}} for number in range(count)))
+
+    for count, most in ((2, 4), (3, 3)):
+        sources = [source(several(name, count)) for name in "fg"]
+        made = [q for seed in range(9) for q in family(*sources, 9, 1.0, random.Random(seed))]
+        assert max(len(q.answers) for q in made) == most

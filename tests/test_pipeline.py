@@ -313,6 +313,13 @@ def test_routers_of_one_table_can_have_settings_of_their_own(tiny, run_here):
         (["stage=adapters", "adapter=context"], "adapter.draw.max_layers=14 are not possible with 4 layers"),
         (["stage=adapters", "adapter.context.epochs=1", "adapter.context.batch_size=6"], "is no multiple of"),
         (["stage=adapt", "adapt.micro_batch_size=3"], "adapt.batch_size=4 is no multiple of adapt.micro_batch_size=3"),
+        (["stage=adapt", "adapt.family_size=0"], "adapt.family_size=0 is not allowed; allowed: whole numbers from 1 on"),
+        (["stage=adapt", "adapt.families=0"], "adapt.families=0 is not allowed"),
+        (["stage=adapt", "adapt.swap=3"], "adapt.swap=3 is no probability; allowed: 0 to 1"),
+        (
+            ["stage=adapt", "adapt.templates=shipped", "adapt.families=1"],
+            "adapt.families=1 with adapt.template_share=0.7 leaves an epoch no family of queries; raise adapt.families",
+        ),
         (["evaluation.static=[0,2]"], "evaluation.static asks for 0 layers"),
         (["router.ratio=odd"], "router.ratio='odd' is unknown; allowed: normal, categorical"),
         (["router=slm_states", "router.slm_layers=2", "router.prunable_layers=[1,3]"], "allowed: layers from 2 on"),

@@ -11,7 +11,7 @@ from tiny import composed
 import dynprune.stages.samples as samples_stage
 from dynprune.slm.speculative import Drafting
 from dynprune.stages.adapters import adapters, pruner_of
-from dynprune.stages.report import is_drawn
+from dynprune.stages.report import drawn_rows
 from dynprune.stages.rows import ORIGINAL, Row
 from dynprune.stages.run import Run
 from dynprune.stages.samples import Answers, run_rows
@@ -195,10 +195,14 @@ def test_two_processes_say_what_one_says(tmp_path, monkeypatch, caplog):
     assert said[0] == said[1]
 
 
-def test_the_figure_of_accuracy_has_one_of_a_routers_seeds_and_nothing_that_fell_back():
-    seeds = [Row(f"router-dpo-s{seed}", ORIGINAL.choose, "abc", seed=seed, timed=seed == 0) for seed in range(2)]
-    fell_back = replace(ORIGINAL, name="router-dpo-s0@safe", seed=0)
-    drafts = replace(ORIGINAL, name="lossless-lookup", drafting=Drafting(True, 8, 0.5))
-    other_adapters = replace(ROWS[1], name="static-1-mse", timed=False)
-    rows = [*ROWS, *seeds, fell_back, drafts, other_adapters]
-    assert [row for row in rows if not is_drawn(row)] == [seeds[1], fell_back]
+def test_the_figure_of_accuracy_has_one_of_a_routers_seeds_and_each_of_its_points_once():
+    seeds = [Row(f"router-dpo-s{seed}", ORIGINAL.choose, f"abc{seed}", seed=seed, timed=seed == 0) for seed in range(2)]
+    budget = replace(seeds[0], name="router-dpo-s0@0.1", origin="abc0 k=3")
+    safe = [replace(budget, name="router-dpo-s0@safe"), replace(ORIGINAL, name="router-fbc-s0@safe", seed=0)]
+    others = [
+        replace(ORIGINAL, name="lossless-lookup", drafting=Drafting(True, 8, 0.5)),
+        replace(ROWS[1], name="static-1-mse", timed=False),
+    ]
+    rows = [*ROWS, *seeds, budget, *safe, *others]
+    left_out = {seeds[1].name, *(row.name for row in safe)}
+    assert drawn_rows(rows) == [row.name for row in rows if row.name not in left_out]

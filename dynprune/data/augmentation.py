@@ -107,71 +107,65 @@ class Source:
 
     Attributes:
         tools: Their function documents, in one order.
-        draw: Gives one of these queries; which tools it has itself does not matter.
+        draw: Gives one of these queries; which tools and system messages it has itself does not matter.
+        system: What is said to the SLM before their users' words.
     """
 
     tools: tuple[dict[str, Any], ...]
     draw: Callable[[random.Random], Query]
+    system: tuple[dict[str, str], ...] = ()
 
 
 def family(source: Source, other: Source, size: int, compose_share: float, rng: random.Random) -> list[Query]:
     """Different queries with the same tools in the same order, so that all of them begin with the same prompt.
 
     With some probability the other source's tools stand beside the source's own, unless that would be more than four or two
-    different ones of one name. Then a query is one of the source, or one of the other source, or asks for both. Without,
-    it may ask twice for what the source gives, with other values.
+    different ones of one name: then a query is one of the source, or one of the other source, or asks for both. Where they
+    cannot stand beside each other, and at times where they could, half of the queries ask for two things of the source.
 
     Args:
         source: Where the queries come from.
         other: Another source, to join it with.
         size: How many queries; there are fewer where the sources do not give as many different ones.
-        compose_share: Probability that the family is joined with the other source, or that some of its queries ask twice, 0..1.
+        compose_share: Probability that the family is joined with the other source, or asks for two things, 0..1.
         rng: Where the choices come from.
     """
-    sources, tools = [source], source.tools
+    sources, tools, system = [source], source.tools, source.system
     composed = rng.random() < compose_share
     if composed and rng.random() >= _CHANCE_OF_ITSELF:
         added = tuple(tool for tool in other.tools if tool not in tools)
         names = [tool["name"] for tool in (*tools, *added)]
         if added and len(set(names)) == len(names) <= _MOST_TOOLS:
             sources, tools = [source, other], tuple(rng.sample((*tools, *added), len(names)))
+            system = (*system, *(message for message in other.system if message not in system))
     found: dict[str, Query] = {}
     for _ in range(_TRIES * size):
         if len(found) == size:
             break
-        drawn = [each.draw(rng) for each in rng.sample(sources, len(sources))]
-        if len(drawn) < 2 and composed:
-            drawn.append(source.draw(rng))
-        query = drawn[0]
+        first, second = rng.sample(sources, 2) if len(sources) == 2 else (source, source)
+        query = first.draw(rng)
         if composed and rng.random() < _CHANCE_OF_BOTH:
-            query = together(drawn[0], drawn[1], rng)
-        found.setdefault("\n".join(_user_words(query)), replace(query, tools=tools))
+            query = _both(query, second.draw(rng), rng)
+        said = tuple(message for message in query.messages if message["role"] != "system")
+        found.setdefault("\n".join(_user_words(query)), replace(query, tools=tools, messages=(*system, *said)))
     return list(found.values())
 
 
-def together(query: Query, other: Query, rng: random.Random) -> Query:
+def _both(query: Query, other: Query, rng: random.Random) -> Query:
     """Asks for two things in one query: the users' words one after the other, and so the calls.
 
-    Args:
-        query: The first query.
-        other: The second one.
-        rng: Where the link between them comes from.
-
     Returns:
-        The new query, with the first one's tools; the first query itself where the calls would be the same twice, or more than
-        four.
+        The new query; the first query itself where the calls would be the same twice, or more than four.
     """
     if query.answers == other.answers or len(query.answers) + len(other.answers) > _MOST_CALLS:
         return query
     link = rng.choice((" Also, ", " Then, ", " And ", " "))
     first, second = (" ".join(_user_words(q)) for q in (query, other))
-    system = [m for m in query.messages if m["role"] == "system"]
-    system += [m for m in other.messages if m["role"] == "system" and m not in system]
     return replace(
         query,
         id=f"{query.id}+{other.id}",
         category="parallel_multiple",
-        messages=(*system, {"role": "user", "content": first + link + second}),
+        messages=({"role": "user", "content": first + link + second},),
         answers=query.answers + other.answers,
         allowed=query.allowed + other.allowed,
     )

@@ -133,7 +133,7 @@ def load_templates(path: Path) -> list[Toolbox]:
 
 
 def source_of(toolbox: Toolbox, rng: random.Random) -> Source:
-    """Some of a toolbox's tools in some order, and queries for them: no template comes again before all others have come.
+    """Some of a toolbox's tools in some order, and queries that these answer, of one template after the other.
 
     Args:
         toolbox: The tools and their templates.
@@ -164,7 +164,7 @@ def fill(toolbox: Toolbox, index: int, rng: random.Random) -> Query:
     words = _SLOT.sub(lambda found: _said(drawn[found.group(1) + found.group(2)]), template["text"])
     answers = tuple({"name": call["name"], "arguments": _resolved(call["arguments"], drawn)} for call in template["calls"])
     return Query(
-        id=f"template-{index}",
+        id=f"{toolbox.tools[0]['name']}-{index}",
         category="template",
         messages=({"role": "user", "content": words},),
         tools=toolbox.tools,

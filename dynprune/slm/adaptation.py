@@ -1,6 +1,6 @@
 """Task-tuning an SLM: LoRA on tool-calling queries, the loss on the answer's tokens only.
 
-The shipped delta ``smollm2_135m_fc`` was made by this module through ``dynprune stage=adapt model=smollm2_135m``.
+The shipped delta ``smollm2_135m_fc`` was made by this module; its card says how.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -29,6 +30,7 @@ from dynprune.data.datamodule import ResumableLoader
 from dynprune.data.prompts import render_answer, render_prompt
 from dynprune.data.tasks import Query
 from dynprune.data.templates import Toolbox, source_of
+from dynprune.slm.attention import added_mask
 from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import SLM
 
@@ -47,7 +49,7 @@ class TokenisedAnswer:
 
 
 _Item = TypeVar("_Item")
-Family = list[TokenisedAnswer]
+TokenisedFamily = list[TokenisedAnswer]
 """Samples whose prompts begin alike."""
 
 
@@ -81,9 +83,9 @@ class AnswerData(lightning.LightningDataModule):
             toolboxes: Templates to train on as well.
             tokenizer: The SLM's tokenizer.
             template_share: Share of an epoch's families that come from templates, in 0..1, 1 excluded; none without toolboxes.
-            swap: Probability that a query's values are swapped, 0..1.
-            compose_share: Probability that a family is joined with another one, or asks for several things, 0..1.
-            num_families: Families in an epoch; by default there is one for each query, and its share of templates.
+            swap: Probability that a draw of a query has other values, 0..1; without them a family has it once.
+            compose_share: Probability that a family is joined with another one, or asks for two things, 0..1.
+            num_families: Families in an epoch; ``None`` for one of each query, and the templates' share beside these.
             family_size: Queries in a family, at most.
             batch_size: Families in a batch.
             seed: Seed of variations and order.
@@ -106,7 +108,7 @@ class AnswerData(lightning.LightningDataModule):
         """How many families an epoch has."""
         return self._num_families
 
-    def families(self, epoch: int) -> list[Family]:
+    def families(self, epoch: int) -> list[TokenisedFamily]:
         """The samples of one epoch: families of queries and those from templates."""
         rng = random.Random(f"{self._seed}-{epoch}")
         values = stated_values(self._queries)
@@ -115,6 +117,7 @@ class AnswerData(lightning.LightningDataModule):
             return Source(
                 vary_tools(query, rng).tools,
                 lambda rng: swap_values(query, values, rng) if rng.random() < self._swap else query,
+                tuple(message for message in query.messages if message["role"] == "system"),
             )
 
         origins: list[Query | Toolbox] = [
@@ -137,13 +140,15 @@ class AnswerData(lightning.LightningDataModule):
             yield items[order[place % len(items)]]
 
     def train_dataloader(self) -> ResumableLoader:
-        """The batches of the trainer's current epoch, of families of similar length."""
+        """The batches of the trainer's current epoch, of families of similar length where a batch has several."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         families = self.families(epoch)
-        sampler = LengthGroupedSampler(
-            self._batch_size,
-            lengths=[_num_tokens(samples) for samples in families],
-            generator=torch.Generator().manual_seed(self._seed + epoch),
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        lengths = [_num_tokens(samples) for samples in families]
+        sampler = (
+            RandomSampler(families, generator=generator)
+            if self._batch_size == 1
+            else LengthGroupedSampler(self._batch_size, lengths=lengths, generator=generator)
         )
         return ResumableLoader(
             families,  # type: ignore[arg-type]  # A list is a map-style data set.
@@ -153,7 +158,7 @@ class AnswerData(lightning.LightningDataModule):
         )
 
 
-def _tokenised(families: Sequence[Sequence[Query]], tokenizer: PreTrainedTokenizerBase) -> list[Family]:
+def _tokenised(families: Sequence[Sequence[Query]], tokenizer: PreTrainedTokenizerBase) -> list[TokenisedFamily]:
     def tokens(texts: list[str]) -> list[list[int]]:
         # Rendered text holds the special tokens already. All in one call: the tokenizer works on several at once.
         return cast(list[list[int]], tokenizer(texts, add_special_tokens=False).input_ids)
@@ -168,19 +173,19 @@ def _tokenised(families: Sequence[Sequence[Query]], tokenizer: PreTrainedTokeniz
     return [list(itertools.islice(samples, len(members))) for members in families]
 
 
-def _num_shared(samples: Family) -> int:
+def _num_shared(samples: TokenisedFamily) -> int:
     """How many tokens the prompts have in common, without a prompt's last token, which says the answer's first one."""
     columns = zip(*(sample.ids[: -sample.num_answer_tokens - 1] for sample in samples), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _num_tokens(samples: Family) -> int:
+def _num_tokens(samples: TokenisedFamily) -> int:
     """How many tokens of a family pass through the SLM."""
     shared = _num_shared(samples)
     return shared + sum(len(sample.ids) - shared for sample in samples)
 
 
-def collate_families(families: Sequence[Family], pad_id: int) -> dict[str, Tensor]:
+def collate_families(families: Sequence[TokenisedFamily], pad_id: int) -> dict[str, Tensor]:
     """Makes a row of each family: what its samples have in common, then what follows in each, and padding.
 
     A token sees what its family has in common and what comes before it in its own sample, at its place in that sample: to the
@@ -191,8 +196,8 @@ def collate_families(families: Sequence[Family], pad_id: int) -> dict[str, Tenso
         pad_id: The token that pads.
 
     Returns:
-        ``input_ids``, ``position_ids`` and ``labels``, all (B, T), and ``attention_mask``, (B, 1, T, T), True where the token
-        of a row sees that of a column. Only answers have labels.
+        ``input_ids``, ``position_ids`` and ``labels``, all (B, T), and ``seen``, (B, 1, T, T), True where the token of a row
+        sees that of a column. Only answers have labels.
     """
     # Few different widths: the CPU's matrix kernels are prepared anew for each shape, which takes longer than padding.
     width = -(-max(map(_num_tokens, families)) // _WIDTH_STEP) * _WIDTH_STEP
@@ -218,7 +223,7 @@ def collate_families(families: Sequence[Family], pad_id: int) -> dict[str, Tenso
         "position_ids": positions_BT,
         "labels": labels_BT,
         # Padding sees padding: a row of a softmax must see something.
-        "attention_mask": seen_BTT.tril()[:, None],
+        "seen": seen_BTT.tril()[:, None],
     }
 
 
@@ -250,7 +255,7 @@ class Adaptation(lightning.LightningModule):
             model: The SLM with a delta to train, `new_delta` or one to go on from; its own weights stay as they are.
             learning_rate: Peak rate of AdamW.
             warmup_share: Share of the steps with a rising rate, in 0..1; it falls along a cosine after that.
-            prune: Called before each batch with a text that names it and its number of samples: prunes layers of an SLM that
+            prune: Called before each batch with a text that names it and its number of rows: prunes layers of an SLM that
                 learns to be pruned, or nothing.
         """
         super().__init__()
@@ -258,20 +263,34 @@ class Adaptation(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.warmup_share = warmup_share
         self._prune = prune
+        text_config = model.config.get_text_config()
+        windows = (getattr(text_config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+        self._window = min((window for window in windows if window), default=None)
         # Checkpoints hold the delta alone, see `on_save_checkpoint`.
         self.strict_loading = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood of the answer's tokens, in nats a token."""
+        """Mean negative log-likelihood of the answers' tokens in the batch, in nats a token.
+
+        Raises:
+            ValueError: If a sample is longer than what a layer of the SLM sees.
+        """
         following_BT = batch["labels"].roll(-1, dims=1)
-        # Elsewhere nobody asks for the logits, and a row of them is as long as the vocabulary.
+        longest = int(batch["position_ids"].max()) + 1
+        if self._window is not None and longest > self._window:
+            raise ValueError(
+                f"a layer of the SLM sees the last {self._window} tokens of a text, but prompt and answer of a query have "
+                f"{longest}, which this training does not do; allow shorter ones: data.source.max_chars=…, adapt.max_chars=null"
+            )
+        # A row of logits is as long as the vocabulary: only those columns in which some row of the batch has an answer.
         asked_K = (following_BT != IGNORED).any(dim=0).nonzero().flatten()
         self._prune(f"{self.current_epoch}-{batch_idx}", len(following_BT))
         # Autocast chooses the dtype of each product already: peft's own casts would double time and memory.
         with disable_input_dtype_casting(self.slm):
             logits_BKV = self.slm(
                 input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                # To be added to scores: that is what every kind of attention takes.
+                attention_mask=added_mask(batch["seen"], self.slm.dtype),
                 position_ids=batch["position_ids"],
                 logits_to_keep=asked_K,
                 use_cache=False,

@@ -1,8 +1,9 @@
-"""Attention on a CPU in models whose query heads share keys and values: read in place, and of a few new tokens folded.
+"""Attention on a CPU: of a few new tokens folded, in training written out, else by torch's kernel, with shared keys in place.
 
 Torch's kernel takes the query heads one after another, and each reads the keys and values that it shares with others anew; for
 a single token in bfloat16 it also falls back to a slow product. Folded, the heads that share keys and values are as many tokens
-of one head: one product for all of them, the same sums.
+of one head: one product for all of them, the same sums. In training it takes 1.5 to 2 times as long in bfloat16, forward and
+backward, as the three products and the softmax that it stands for.
 
 Shapes: B = batch, H = query heads, K = heads of keys and values, G = H / K, T = new tokens, S = all tokens, w = a head's width.
 """
@@ -18,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Beyond that, heads have enough tokens of their own.
 _FEW_TOKENS = 8
+# Written out, each layer keeps a weight for each pair of tokens and each head until it has gone backward: so many, at most.
+_MOST_WEIGHTS = 1 << 25
 
 
 def prepare_attention(device: torch.device) -> None:
@@ -47,7 +50,7 @@ def folded_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' ``sdpa`` computes it, folded where that pays.
+    """Attention as transformers' ``sdpa`` computes it, folded or written out where that pays.
 
     Args:
         module: The layer's attention; ``num_key_value_groups`` is its G.
@@ -73,8 +76,18 @@ def folded_attention(
         and kwargs.get("position_bias") is None
         and kwargs.get("softcap") is None
     )
-    if plain and query_BHTw.dtype == torch.bfloat16 and query_BHTw.requires_grad and dropout == 0:
-        return _by_products(query_BHTw, key_BKSw, value_BKSw, attention_mask, scaling), None
+    length = key_BKSw.shape[2]
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    trains = (
+        query_BHTw.requires_grad
+        and query_BHTw.dtype == key_BKSw.dtype == value_BKSw.dtype == torch.bfloat16
+        and dropout == 0
+        and (attention_mask is not None or (causal and tokens == length))
+        and batch * heads * tokens * length <= _MOST_WEIGHTS
+    )
+    if plain and trains:
+        return _written_out(query_BHTw, key_BKSw, value_BKSw, attention_mask, scaling), None
     # One token sees everything; of several, only a mask says what each of them sees.
     if not (plain and groups > 1 and tokens <= _FEW_TOKENS and (tokens == 1 or attention_mask is not None)):
         return sdpa_attention_forward(
@@ -91,27 +104,37 @@ def folded_attention(
     return out.reshape(batch, heads, tokens, value_BKSw.shape[-1]).transpose(1, 2).contiguous(), None
 
 
-def _by_products(
+def _written_out(
     query_BHTw: Tensor, key_BKSw: Tensor, value_BKSw: Tensor, mask_B1TS: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """Attention written out, for training: torch's kernel takes 1.5 to 2 times as long in bfloat16, forward and backward.
+    """Attention as products; without a mask, each token sees itself and what comes before it.
 
     Returns:
         (B, T, H, w).
     """
     batch, heads, tokens, width = query_BHTw.shape
     shared, length = key_BKSw.shape[1:3]
+    if mask_B1TS is None:
+        mask_B1TS = torch.ones(tokens, length, dtype=torch.bool).tril()
+    if mask_B1TS.dtype == torch.bool:
+        mask_B1TS = added_mask(mask_B1TS, query_BHTw.dtype)
     # Autocast would take the softmax to float32, copy by copy; in bfloat16 it sums in float32 as well.
     with torch.autocast("cpu", enabled=False):
         folded = query_BHTw * (width**-0.5 if scaling is None else scaling)
         scores = folded.reshape(batch * shared, -1, width) @ key_BKSw.flatten(0, 1).transpose(1, 2)
-        scores_BHTS = scores.view(batch, heads, tokens, length)
-        if mask_B1TS is None:
-            mask_B1TS = torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)
-        if mask_B1TS.dtype == torch.bool:
-            # Added, which costs nothing backward; and not minus infinity, since a row of padding may see nothing.
-            mask_B1TS = torch.zeros(mask_B1TS.shape, dtype=scores.dtype).masked_fill_(~mask_B1TS, torch.finfo(scores.dtype).min)
-        scores_BHTS.add_(mask_B1TS)
-        weights = scores_BHTS.softmax(dim=-1).view(batch * shared, -1, length)
-        out_BHTw = (weights @ value_BKSw.flatten(0, 1)).view(batch, heads, tokens, -1)
-    return out_BHTw.transpose(1, 2).contiguous()
+        # In place: neither the product nor the sum needs the scores without the mask to go backward.
+        weights_BHTS = scores.view(batch, heads, tokens, length).add_(mask_B1TS).softmax(dim=-1)
+        out = weights_BHTS.view(batch * shared, -1, length) @ value_BKSw.flatten(0, 1)
+    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous()
+
+
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores: 0 where something is seen, else the lowest number of the dtype.
+
+    Not minus infinity, since a row that sees nothing, as padding may, would be no number then.
+
+    Args:
+        seen: True where a token of a row sees that of a column.
+        dtype: The dtype of the scores.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)

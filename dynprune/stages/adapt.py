@@ -52,8 +52,7 @@ def adapt(run: Run) -> Artifact:
         "seed": run.config.seed,
     }
     accumulation("adapt", run.config.adapt)
-    if not 0 <= run.config.adapt.template_share < 1:
-        raise ValueError(f"adapt.template_share={run.config.adapt.template_share} is not allowed; allowed: 0 to below 1")
+    _check_shares(run.config.adapt, bool(toolboxes))
     upstream: dict[str, str] = {}
     stand_ins = adapters(run) if run.config.adapt.layer_dropout else None
     if run.config.adapt.layer_dropout:
@@ -79,6 +78,27 @@ def adapt(run: Run) -> Artifact:
         text = json.dumps([asdict(toolbox) for toolbox in toolboxes], sort_keys=True)
         data["templates"] = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
     return run.store.get_or_build("adapt", VERSION, config, data, upstream, build, resumable=True)
+
+
+def _check_shares(settings: DictConfig, has_templates: bool) -> None:
+    """Refuses shares that are none, and epochs without queries or without templates.
+
+    Raises:
+        ValueError: If a setting is not possible.
+    """
+    for key in ("swap", "compose", "layer_dropout"):
+        if not 0 <= settings[key] <= 1:
+            raise ValueError(f"adapt.{key}={settings[key]} is no probability; allowed: 0 to 1")
+    if not 0 <= settings.template_share < 1:
+        raise ValueError(f"adapt.template_share={settings.template_share} is not allowed; allowed: 0 to below 1")
+    if has_templates and settings.families is not None:
+        filled = round(settings.families * settings.template_share)
+        if filled in (0, settings.families):
+            missing = "templates" if filled == 0 else "queries"
+            raise ValueError(
+                f"adapt.families={settings.families} with adapt.template_share={settings.template_share} leaves an epoch no "
+                f"family of {missing}; raise adapt.families"
+            )
 
 
 def longer_queries(run: Run) -> list[Query]:
@@ -253,8 +273,8 @@ called function; `functions.json` lists those that were trained on.
 - Data: {json.dumps(source)}, of that {json.dumps(plain(run.config.data.only))}
 - Number format: {run.model_identity["dtype"]} for products, float32 for what is trained
 - Split: by called function, shares {json.dumps(plain(run.config.data.splits))}, seed {run.config.data.split_seed};
-  trained on {counts["queries"]} queries of the adapt split{more}, {counts["training_families"]} families of up to
-  {run.config.adapt.family_size} queries over all epochs
+  trained on {counts["training_families"]} families of up to {run.config.adapt.family_size} queries over all epochs, drawn
+  from {counts["queries"]} queries of the adapt split{more}
 - Recipe: {json.dumps(plain(run.config.adapt))}
 - Start: {_start(run)}
 - Seed: {run.config.seed}

@@ -40,7 +40,7 @@ from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.explore import exploration_part, explore
 from dynprune.stages.router import CURVE
 from dynprune.stages.router_rows import TrainedMethod
-from dynprune.stages.rows import ORIGINAL, Row
+from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
 from dynprune.stages.samples import write_samples
 from dynprune.tracking import track_report
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 _SAME_SIZE = 0.5
 # By file, the heading of a figure in report.html and what it shows.
 _PICTURES = {
-    "accuracy_speedup": ("AST match against speedup", "AST match of each row against its measured speedup"),
+    "accuracy_speedup": ("AST match against speedup", "AST match against measured speedup; of a router, its first seed"),
     "budget_curve": ("AST match at each budget", "AST match of each method against its nominal and its measured speedup"),
     "layer_counts": ("How many layers are pruned", "For each row, the share of queries with each number of pruned layers"),
     "layers_pruned": ("Which layers are pruned", "For each row, the share of queries for which each layer is pruned"),
@@ -83,8 +83,8 @@ def report(run: Run) -> Path:
     write_table(rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins, run.inputs)
     for name, samples in evaluation.samples.items():
         write_samples(samples, new / "samples" / f"{name}.jsonl")
-    drawn = [entry for row, entry in zip(evaluation.rows, rows, strict=True) if is_drawn(row)]
-    accuracy_speedup(drawn, new / "accuracy_speedup.png")
+    drawn = drawn_rows(evaluation.rows)
+    accuracy_speedup([row for row in rows if row.name in drawn], new / "accuracy_speedup.png")
     curves = budget_curves(evaluation, rows)
     if curves:
         budget_curve(list(curves.values()), rows[0].scores[RIGHT_BY], new / "budget_curve.png")
@@ -175,12 +175,19 @@ def _is_pruned(row: Row) -> bool:
     return row.name != "original" and row.drafting is None
 
 
-def is_drawn(row: Row) -> bool:
-    """Whether the figure of accuracy and speedup has a row: dozens of points cannot be told apart.
+def drawn_rows(rows: Sequence[Row]) -> list[str]:
+    """Names of the rows that the figure of accuracy and speedup has: dozens of points cannot be told apart.
 
-    It has one of a router's seeds, that which is timed, and nothing that fell back to the full SLM.
+    Of a router's seeds it has the one that is timed, and of that no row that another one lies on already: the largest safe
+    budget is one of the others, or the full SLM.
     """
-    return (row.timed or row.seed is None) and not (_is_pruned(row) and row.origin == ORIGINAL.origin)
+    origins: set[str] = set()
+    names = []
+    for row in rows:
+        if row.seed is None or (row.timed and row.origin not in origins):
+            names.append(row.name)
+        origins.add(row.origin)
+    return names
 
 
 def _lossless(samples: list[Sample], near_ties: int, unexplained: int) -> Lossless:

@@ -40,7 +40,15 @@ _NAMED = (
     "evaluation.lossless",
 )
 # Whole numbers, and the smallest that makes sense.
-_LEAST = {"seed": 0, "adapter.seed": 0, "exploration.seed": 0, "adapter.max_samples": 1, "evaluation.latency.queries": 0}
+_LEAST = {
+    "seed": 0,
+    "adapter.seed": 0,
+    "exploration.seed": 0,
+    "adapter.max_samples": 1,
+    "adapt.families": 1,
+    "adapt.family_size": 1,
+    "evaluation.latency.queries": 0,
+}
 # The SLM that was loaded last, by what identifies it.
 _loaded: dict[str, SLM] = {}
 _MIXED_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
