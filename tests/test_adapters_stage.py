@@ -43,6 +43,7 @@ def test_adapters_made_before_there_was_a_choice_of_the_last_target_are_those_of
     assert made["config"]["adapter"]["last_target"] == "final_norm"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_damaged_is_left_out_and_the_training_starts_over(tmp_path, monkeypatch, caplog):
     (tmp_path / "whole").mkdir()
     typed = ("adapter=bottleneck", "adapter.bottleneck=8", "adapter.epochs=3")
@@ -74,6 +75,7 @@ def test_a_checkpoint_that_was_damaged_is_left_out_and_the_training_starts_over(
     assert all(torch.equal(made[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_was_damaged_after_the_last_epoch_is_said_and_the_next_attempt_trains_anew(
     tmp_path, monkeypatch
 ):

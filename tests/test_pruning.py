@@ -38,18 +38,23 @@ class Replaced(torch.nn.Module):
         return hidden + up
 
 
-def uncached_logits(slm: SLM, adapters: AdapterStack, ids: list[int], pruned: tuple[int, ...]) -> torch.Tensor:
+def with_replaced_layers(slm: SLM, adapters: AdapterStack, pruned: tuple[int, ...]) -> torch.nn.Module:
     model = copy.deepcopy(slm.model)
     layers = model.get_decoder().layers
     for index in pruned:
         layers[index] = Replaced(adapters, index)
+    return model
+
+
+@torch.no_grad()
+def uncached_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
 def plain_greedy(slm: SLM, adapters: AdapterStack, prompt, pruned, max_new_tokens: int) -> tuple[list[int], bool]:
-    ids = list(prompt)
+    model, ids = with_replaced_layers(slm, adapters, pruned), list(prompt)
     for _ in range(max_new_tokens):
-        token = int(uncached_logits(slm, adapters, ids, pruned)[-1].argmax())
+        token = int(uncached_logits(model, ids)[-1].argmax())
         if token in slm.stop_ids:
             return ids[len(prompt) :], False
         ids.append(token)
@@ -102,7 +107,7 @@ def test_cached_logits_equal_uncached_recomputation_for_every_configuration_in_o
             )
             got.append(out.logits[:, -1])
     for row, pruned in enumerate(ALL):
-        want = uncached_logits(slm, adapters, [*rows[row], *extra], pruned)[-4:]
+        want = uncached_logits(with_replaced_layers(slm, adapters, pruned), [*rows[row], *extra])[-4:]
         torch.testing.assert_close(torch.stack([g[row] for g in got]), want, atol=2e-4, rtol=1e-4)
 
 
