@@ -16,13 +16,17 @@ from rich.text import Text
 
 from dynprune.atomic import replacing
 from dynprune.evaluation.accuracy import RIGHT_BY
-from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, number, stacked
+from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, number, p_value, stacked
+from dynprune.evaluation.comparisons import Comparison
 from dynprune.evaluation.figures import accuracy_speedup
 from dynprune.evaluation.layer_error import layer_errors_compared
 from dynprune.evaluation.part_grids import layer_error_grid, part_grids, shown_setting
 from dynprune.evaluation.parts import PartEntry
 from dynprune.evaluation.run_comparison import Entry, Failure, RunComparison
-from dynprune.evaluation.table import comparison_grid, score_label
+from dynprune.evaluation.table import comparison_grid, score_label, score_scale
+
+# Of many settings each is compared with each: a terminal shows the surest differences, the files all.
+_MOST_DIFFERENCES = 12
 
 
 def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
@@ -51,7 +55,7 @@ def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
 
 
 def render_comparison(comparison: RunComparison) -> Group:
-    """The main columns for a terminal of 80 columns, and below them the runs that failed."""
+    """The main columns for a terminal of 80 columns, and below them the surest differences and the runs that failed."""
     table = _empty_table(
         "Comparison of runs",
         "% with 95% intervals; spread: standard deviation over seeds, in points",
@@ -71,8 +75,28 @@ def render_comparison(comparison: RunComparison) -> Group:
         )
     tables = [table] if comparison.entries else []
     tables += [_render_grid(grid) for grid in _part_grids(comparison)]
+    tables += _render_differences(comparison.comparisons)
     lines = [Text(f"failed: {_typed(failure)}: {failure.reason}", style="red") for failure in comparison.failures]
     return Group(*tables, *lines)
+
+
+def _render_differences(comparisons: Sequence[Comparison]) -> list[rich.table.Table]:
+    """A table of the surest differences between rows that prune; without any, none."""
+    between = [c for c in comparisons if not c.baseline.startswith("original")]
+    if not between:
+        return []
+    shown = sorted(between, key=lambda c: (c.p_value is None, c.p_value, -abs(c.difference.mean)))[:_MOST_DIFFERENCES]
+    which = f", the {len(shown)} surest of {len(between)}" if len(shown) < len(between) else ""
+    table = _empty_table(
+        "Differences",
+        f"right answers, points with 95% intervals{which}; exact p, and corrected for all in comparison.md",
+        ("row", "against"),
+        ("difference", "p", "p (Holm)"),
+    )
+    for c in shown:
+        difference = stacked(c.difference, score_scale(c.score))
+        table.add_row(Text(c.row, style="bold"), Text(c.baseline), difference, p_value(c.p_value), p_value(c.p_holm))
+    return [table]
 
 
 def _render_grid(grid: Grid) -> rich.table.Table:

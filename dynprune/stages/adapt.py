@@ -31,7 +31,7 @@ from dynprune.stages.run import Run, digest, plain
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 
 
 def adapt(run: Run) -> Artifact:
