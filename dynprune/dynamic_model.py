@@ -5,6 +5,7 @@ On disk or on the Hub: a folder with ``dynprune.json`` (what rebuilds the SLM, a
 there by reference. Nothing in it is executed: weights are safetensors, and the SLM is loaded by one of the loaders named here.
 """
 
+import inspect
 import json
 import math
 import shutil
@@ -349,6 +350,12 @@ def _described(folder: Path) -> dict[str, Any]:
     kind, arguments = description["slm"]["kind"], description["slm"]["arguments"]
     if kind not in _LOADERS:
         raise ValueError(f"{path}: slm.kind={kind!r} is unknown; allowed: {', '.join(_LOADERS)}")
+    try:
+        inspect.signature(_LOADERS[kind]).bind(**arguments, device="cpu")
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: slm.arguments do not fit slm.kind={kind!r}: {error}; allowed: those that stage=export wrote"
+        ) from None
     delta = arguments.get("delta")
     if delta is not None and delta != _DELTA and not is_shipped_delta(delta):
         raise ValueError(

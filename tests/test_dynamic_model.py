@@ -250,6 +250,11 @@ def described(change):
         (described(lambda d: d["slm"].update(kind="os.system")), r"slm.kind='os.system' is unknown; allowed: hf, gguf, tiny"),
         (described(lambda d: d["slm"]["arguments"].update(delta="../../etc")), r"lies outside of the folder"),
         (
+            described(lambda d: d["slm"]["arguments"].update(trust_remote_code=True)),
+            r"slm.arguments do not fit slm.kind='tiny': got an unexpected keyword argument 'trust_remote_code'",
+        ),
+        (described(lambda d: d["slm"]["arguments"].update(device="cuda")), r"slm.arguments do not fit .* 'device'"),
+        (
             described(lambda d: d["slm"]["arguments"].update(num_layers=6)),
             r"was made for 4 layers of width 32, but tiny-llama-6x32",
         ),

@@ -5,6 +5,7 @@ import torch
 from tiny import composed
 
 from dynprune.slm.loading import load_hf, load_tiny, resolve_dtype, without_commit
+from dynprune.stages.export import slm_source
 from dynprune.stages.run import Run
 
 
@@ -53,6 +54,19 @@ def test_two_revisions_of_a_hub_model_have_two_names(tmp_path, monkeypatch):
     assert without_commit(f"org/tiny@{commits['main']}+delta") == "org/tiny+delta"
     folder = repository / "snapshots" / commits["old"]
     assert load_hf(str(folder), "float32").name == str(folder)
+
+    def run(*typed: str) -> Run:
+        return Run(composed("experiment=tiny", "model=hf", "model.name=org/tiny", "model.dtype=float32", *typed, "paths.run=x"))
+
+    # What was computed with a branch is not that of its next commit, and a model to take away names the one it was made with.
+    before = run().model_identity
+    (repository / "refs/main").write_text(commits["old"])
+    assert run().model_identity != before
+    assert slm_source(run())["arguments"]["revision"] == commits["old"]
+    (repository / "refs/main").write_text(commits["main"])
+    assert run().model_identity == before
+    assert run("model.revision=old").model_identity["content"] == commits["old"]
+    assert run("model.name=org/nowhere").model_identity["content"] is None
 
 
 def test_runs_of_the_same_slm_share_it_and_others_do_not(tmp_path):

@@ -191,8 +191,9 @@ class TextEncoder(Encoder):
 def _load(name_or_path: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = str(_wheel_folder(name_or_path)) if name_or_path.startswith(_WHEEL) else name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+        # Where it is left open, transformers asks at the terminal whether to run a repository's code.
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32, trust_remote_code=False)
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -200,6 +201,13 @@ def _load(name_or_path: str, revision: str | None) -> tuple[PreTrainedModel, Pre
             f"the local cache, and the Hub did not give it ({reason}); allowed: a folder, "
             f"'wheel:PACKAGE/FOLDER', or a Hub id with network or a filled cache; "
             f"type: hf download {name_or_path}"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"router.encoder.name_or_path={name_or_path!r} brings code of its own, which is never run here; allowed: an "
+            "encoder whose architecture transformers has itself"
         ) from error
     # Only the token states are used. A pooler would be a parameter without gradient, which DDP refuses.
     if getattr(model, "pooler", None) is not None:

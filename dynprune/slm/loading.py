@@ -129,18 +129,29 @@ def load_hf(name: str, dtype: str, revision: str | None = None, delta: str | Non
     """
     dtype = resolve_dtype(dtype, device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        # Said first, and stated for each: where it is left open, transformers asks at the terminal whether to run the code.
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         # A delta is added in float32, so that the sum is rounded once.
         loaded_as = torch.float32 if delta is not None else _DTYPES[dtype]
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=loaded_as)
-        stated = _with_commit(name, revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, config=config, dtype=loaded_as, trust_remote_code=False
+        )
+        commit = commit_of(name, revision)
     except OSError as error:
         raise ValueError(
             f"model.name={name!r} (revision {revision}) is neither a folder nor in the local cache, and the Hub did not give "
             f"it ({str(error).splitlines()[0]}); allowed: a folder, or a Hub id with network or a filled cache; "
-            f"type: huggingface-cli download {name}, or use model=smollm2_135m_fc, which needs no Hub"
+            f"type: hf download {name}, or use model=smollm2_135m_fc, which needs no Hub"
         ) from error
-    return _prepare(model, tokenizer, stated, dtype, delta, device)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model.name={name!r} brings code of its own, which is never run here; allowed: a model whose architecture "
+            "transformers has itself"
+        ) from error
+    return _prepare(model, tokenizer, name if commit is None else f"{name}@{commit}", dtype, delta, device)
 
 
 def load_gguf(wheel: str, file: str, dtype: str, delta: str | None = None, device: str = "cpu") -> SLM:
@@ -295,12 +306,22 @@ def without_commit(name: str) -> str:
     return re.sub(r"@[0-9a-f]{40}", "", name)
 
 
-def _with_commit(name: str, revision: str | None) -> str:
-    """A Hub id with the commit that a revision stands for; a folder's path as it is."""
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a repository on the Hub stands for now.
+
+    Args:
+        name: Hub id or folder.
+        revision: Commit, tag or branch; the main branch by default.
+
+    Returns:
+        The commit; ``None`` for a folder, and where neither the Hub nor the cache knows it.
+    """
     if Path(name).exists():
-        return name
-    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
-    return name if commit is None else f"{name}@{commit}"
+        return None
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    except OSError:
+        return None
 
 
 def _prepare(

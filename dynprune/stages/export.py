@@ -10,6 +10,7 @@ from dynprune.dynamic_model import DynamicModel
 from dynprune.evaluation.run_results import has_table_of
 from dynprune.router.checkpoint import load_router
 from dynprune.router.policies import build_policy
+from dynprune.slm.loading import commit_of
 from dynprune.stages.adapters import adapters
 from dynprune.stages.evaluate import with_own_router
 from dynprune.stages.router import ROUTER, router, router_layers
@@ -47,7 +48,7 @@ def export(run: Run) -> Path:
         load_adapters(stack.folder) if stack is not None else None,
         network,
         build_policy(extra["policy"]),
-        _source(run),
+        slm_source(run),
         router_layers(chosen),
         _card(run, extra["method"]),
     )
@@ -56,7 +57,8 @@ def export(run: Run) -> Path:
     return folder
 
 
-def _source(run: Run) -> dict[str, Any]:
+def slm_source(run: Run) -> dict[str, Any]:
+    """What rebuilds the run's SLM wherever it is loaded: which loader, and its arguments; of the Hub the commit."""
     settings: dict[str, Any] = plain(run.config.model)
     loader = settings.pop("_target_").rpartition(".")[2]
     if loader not in _KINDS:
@@ -66,6 +68,8 @@ def _source(run: Run) -> dict[str, Any]:
     for key in ("name", "delta"):
         if settings.get(key) is not None and Path(settings[key]).is_dir():
             settings[key] = str(Path(settings[key]).resolve())
+    if settings.get("name") is not None and (commit := commit_of(settings["name"], settings.get("revision"))) is not None:
+        settings["revision"] = commit
     return {"kind": _KINDS[loader], "arguments": settings}
 
 

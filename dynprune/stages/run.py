@@ -25,7 +25,7 @@ from dynprune.data.splits import select, split_by_function
 from dynprune.data.tasks import Query
 from dynprune.plugins import concerned, import_plugins
 from dynprune.slm.adaptation import DELTA_FILES, trained_functions
-from dynprune.slm.loading import SLM, delta_folder, resolve_dtype
+from dynprune.slm.loading import SLM, commit_of, delta_folder, resolve_dtype
 from dynprune.stages.checkpoints import WholeCheckpoints
 from dynprune.stages.finite_loss import FiniteLoss, IdsOf, stated_ids
 from dynprune.stages.progress import TrainingBar
@@ -168,12 +168,18 @@ class Run:
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
-        """What identifies the SLM: its configuration, the dtype it gets here and, with a delta, the delta's content."""
+        """What identifies the SLM: its configuration, the dtype it gets here, and the content of what that names.
+
+        Of a repository on the Hub that is the commit: a branch may stand for another one tomorrow.
+        """
         identity: dict[str, Any] = plain(self.config.model)
         identity["dtype"] = resolve_dtype(identity["dtype"], self.config.hardware.device)
         if identity.get("delta") is not None:
             identity["delta_content"] = content_digest(str(delta_folder(identity["delta"])), DELTA_FILES)
-        identity["content"] = content_digest(identity.get("name"))
+        name = identity.get("name")
+        identity["content"] = content_digest(name)
+        if name is not None and identity["content"] is None:
+            identity["content"] = commit_of(name, identity.get("revision"))
         return identity
 
     @cached_property
