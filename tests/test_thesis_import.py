@@ -130,7 +130,7 @@ def test_a_run_uses_what_was_imported(published):
 def test_what_cannot_be_used_is_said(published, monkeypatch, settings, said):
     folder, imported, _, _ = published
 
-    def offline(name):
+    def offline(name, repo_type, revision):
         raise OSError("offline")
 
     monkeypatch.setattr("dynprune.stages.thesis_import.snapshot_download", offline)
@@ -140,6 +140,32 @@ def test_what_cannot_be_used_is_said(published, monkeypatch, settings, said):
     typed += [setting for setting in settings if not any(name in setting for name in places)]
     with pytest.raises(ValueError, match=said):
         run_tiny(folder, "refused", *typed)
+
+
+def test_rollouts_come_from_a_repository_of_data_sets_too(published, monkeypatch):
+    folder, imported, _, _ = published
+
+    def download(name, repo_type, revision):
+        if repo_type == "model":
+            raise OSError("no such model")
+        assert (name, revision) == ("sinap/rollouts", "v1")
+        return str(folder / "published/data")
+
+    monkeypatch.setattr("dynprune.stages.thesis_import.snapshot_download", download)
+    run_tiny(folder, "data", "stage=import", "source=sinap/rollouts", "source_revision=v1")
+    one, other = imported / "rollouts/data-dfs_samples", folder / "outputs/data/imported/rollouts/dfs_samples"
+    assert list(read_rollouts(one)) == list(read_rollouts(other))
+
+
+def test_scores_that_are_no_shares_are_those_of_the_partial_match(tmp_path):
+    Dataset.from_list([{"id": s, "pruned_layers": [1], "score": s} for s in (-5.0, 10.0)]).save_to_disk(tmp_path / "data/dfs")
+    typed = ("stage=import", f"source={tmp_path}/data")
+    with pytest.raises(
+        ValueError, match=r"dfs has scores from -5 to 10, but exploration\.score=json_match goes from 0 to 1; .+type"
+    ):
+        run_tiny(tmp_path, "run", *typed)
+    run_tiny(tmp_path, "run", *typed, "exploration.score=partial_match")
+    assert read_header(tmp_path / "outputs/run/imported/rollouts/dfs").score == "partial_match"
 
 
 def test_rollouts_of_other_queries_are_of_no_use(published, tmp_path):

@@ -8,7 +8,7 @@ files. Nothing in them is executed: states are read as weights alone.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from dynprune.adapters.checkpoint import load_adapters, save_adapters
 from dynprune.data.rollouts import Rollout, RolloutWriter, by_query
+from dynprune.evaluation.table import score_scale
 from dynprune.router.checkpoint import save_router
 from dynprune.router.encoder import TextEncoder
 from dynprune.router.policies import build_policy
@@ -41,7 +42,7 @@ def import_thesis(run: Run) -> Path:
     Raises:
         ValueError: ``source`` is not given or not to be had, or holds nothing that can be imported.
     """
-    source = _source(run.config.source)
+    source = _source(run.config.source, run.config.source_revision)
     target = run.folder / "imported"
     written = [*_adapters(source, target), *_routers(run, source, target)]
     written += _rollouts(run, source, target, _num_layers(target))
@@ -55,18 +56,22 @@ def import_thesis(run: Run) -> Path:
     return target
 
 
-def _source(source: str | None) -> Path:
+def _source(source: str | None, revision: str | None) -> Path:
     if source is None:
         raise ValueError("stage=import needs source, a folder or a Hub id; type source=sinap/dynamic-pruning")
     if Path(source).is_dir():
         return Path(source)
-    try:
-        return Path(snapshot_download(source))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"source={source!r} is neither a folder nor in the local cache, and the Hub did not give it "
-            f"({str(error).splitlines()[0]}); allowed: a folder, or a Hub id; type: hf download {source}"
-        ) from error
+    reasons = []
+    # The thesis's rollouts are a repository of the kind for data sets, whose ids are their own.
+    for kind in ("model", "dataset"):
+        try:
+            return Path(snapshot_download(source, repo_type=kind, revision=revision))
+        except (OSError, ValueError) as error:
+            reasons.append(f"as a {kind}: {str(error).splitlines()[0]}")
+    raise ValueError(
+        f"source={source!r} is neither a folder nor in the local cache, and the Hub did not give revision {revision} "
+        f"({'; '.join(reasons)}); allowed: a folder, or a Hub id; type: hf download {source} --repo-type model, or dataset"
+    )
 
 
 def _adapters(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
@@ -143,10 +148,26 @@ def _rollouts(run: Run, source: Path, target: Path, num_layers: int | None) -> I
             continue
         folder = target / "rollouts" / _name(marker.parent, source)
         rollouts = sorted((_rollout(record) for record in data), key=lambda rollout: rollout.id)
-        writer = RolloutWriter(folder, num_layers or run.slm.num_layers, run.config.exploration.score)
+        _check_scores(marker.parent, [rollout.score for rollout in rollouts], run.config.exploration.score)
+        layers = num_layers or run.slm.num_layers
+        writer = RolloutWriter(folder, layers, run.config.exploration.score)
         # What an earlier import wrote stays.
         writer.append([one for group in by_query(rollouts) if group[0].id not in writer.completed_ids for one in group])
-        yield folder, f"{len(rollouts)} rollouts of {len(writer.completed_ids)} queries"
+        whose = f"an SLM with {layers} layers" + ("" if num_layers else ", as model has: the files do not say")
+        yield folder, f"{len(rollouts)} rollouts of {len(writer.completed_ids)} queries of {whose}"
+
+
+def _check_scores(folder: Path, scores: Sequence[float], name: str) -> None:
+    """Refuses scores that are not those that they are said to be.
+
+    Raises:
+        ValueError: If one lies where that score cannot.
+    """
+    if score_scale(name) != 1 and scores and (min(scores) < 0 or max(scores) > 1):
+        raise ValueError(
+            f"{folder} has scores from {min(scores):g} to {max(scores):g}, but exploration.score={name} goes from 0 to 1; the "
+            "thesis's searches score by partial match: type exploration.score=partial_match"
+        )
 
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
