@@ -1,5 +1,6 @@
 """The manifest of an artifact: the file that says what made it, with which releases, and what that took."""
 
+import hashlib
 import json
 import platform
 import resource
@@ -14,6 +15,8 @@ from typing import Any
 from dynprune.atomic import replacing, sha256
 
 MANIFEST = "manifest.json"
+# The key of a manifest's hash of itself.
+_OWN = "sha256"
 
 # The packages whose release can change an artifact's content.
 PACKAGES = (
@@ -38,7 +41,8 @@ def read_manifest(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         keys: What must be in it.
 
     Raises:
-        ValueError: It is missing, no JSON object, or lacks a key.
+        ValueError: It is missing, no JSON object, lacks a key, or is not what was written; what was written before manifests
+            had a hash of their own passes.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -48,6 +52,8 @@ def read_manifest(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         raise broken(path, f"is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise broken(path, "is not a JSON object")
+    if content.pop(_OWN, own_hash := _hash(content)) != own_hash:
+        raise broken(path, "is not what was written")
     if absent := [key for key in keys if key not in content]:
         raise broken(path, f"lacks {', '.join(absent)}")
     return content
@@ -62,9 +68,16 @@ def broken(path: Path, why: str, folder: Path | None = None) -> ValueError:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder, as a whole or not at all."""
+    """Write the manifest of a folder with a hash of its own, as a whole or not at all."""
     with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        whole = {**manifest, _OWN: _hash(manifest)}
+        temporary.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, its own hash left out."""
+    content = {key: value for key, value in manifest.items() if key != _OWN}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def content_hashes(folder: Path) -> dict[str, str]:

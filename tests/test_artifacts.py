@@ -12,7 +12,7 @@ from artifact_inputs import INPUTS
 
 from dynprune.artifacts import Store, fingerprint
 from dynprune.atomic import replacing
-from dynprune.manifests import check_content
+from dynprune.manifests import check_content, read_manifest, write_manifest
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -39,6 +39,8 @@ def test_a_new_artifact_has_its_files_and_a_manifest_that_says_what_made_it(tmp_
     assert artifact.folder == tmp_path / "explore" / fingerprint(**INPUTS)
     assert (artifact.folder / "answer.txt").read_text() == "42"
     manifest = json.loads((artifact.folder / "manifest.json").read_text())
+    own = manifest.pop("sha256")
+    assert own == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     assert manifest == artifact.manifest
     assert {key: manifest[key] for key in INPUTS} == INPUTS
     assert manifest["counts"] == {"answers": 1}
@@ -259,8 +261,8 @@ def test_the_ranks_of_a_distributed_build_meet_inside_it(tmp_path, failing, exit
         (lambda text: "", "is not JSON"),
         (lambda text: "[]", "is not a JSON object"),
         (lambda text: "{}", "lacks stage, fingerprint"),
-        (lambda text: text.replace('"limit": 20', '"limit": 21'), "is of another artifact, or was edited"),
-        (lambda text: text.replace('"stage": "explore"', '"stage": "pairs"'), "is of another artifact"),
+        (lambda text: text.replace('"limit": 20', '"limit": 21'), "is not what was written"),
+        (lambda text: text.replace('"answers": 1', '"answers": 3'), "is not what was written"),
     ],
 )
 def test_a_broken_manifest_is_an_error_that_names_the_file_and_the_remedy(tmp_path, damage, why):
@@ -271,6 +273,32 @@ def test_a_broken_manifest_is_an_error_that_names_the_file_and_the_remedy(tmp_pa
         get(tmp_path, must_not_build)
     assert str(path) in str(error.value)
     assert f"rm -r {artifact.folder}" in str(error.value)
+
+
+@pytest.mark.parametrize("changed", [{"config": {"limit": 21}}, {"stage": "pairs"}])
+def test_the_manifest_of_another_artifact_is_an_error(tmp_path, changed):
+    artifact = get(tmp_path)
+    write_manifest(artifact.folder, {**artifact.manifest, **changed})
+    with pytest.raises(ValueError, match="is of another artifact, or was edited"):
+        get(tmp_path, must_not_build)
+
+
+def test_whichever_bit_of_a_manifest_is_flipped_what_it_says_is_refused_or_the_same(tmp_path):
+    artifact = get(tmp_path)
+    path = artifact.folder / "manifest.json"
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            said = read_manifest(path, ())
+        except ValueError:
+            refused += 1
+            continue
+        # A space between two words, or the name of the hash: nothing that it says.
+        assert artifact.manifest.items() <= said.items()
+    assert refused > len(whole) / 5
 
 
 def test_a_folder_that_lost_its_manifest_is_an_error(tmp_path):
@@ -300,7 +328,7 @@ def test_a_file_that_is_not_what_was_written_is_an_error_that_names_it_and_the_r
 def test_what_was_made_before_there_were_hashes_is_read(tmp_path):
     path = get(tmp_path).folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["files"]
+    del manifest["files"], manifest["sha256"]
     path.write_text(json.dumps(manifest))
     (path.parent / "answer.txt").write_text("43")
     assert get(tmp_path, build=must_not_build).manifest == manifest
