@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import composed
 
-from dynprune.slm.loading import load_hf, load_tiny, resolve_dtype, without_commit
+from dynprune.slm.loading import is_another, load_hf, load_tiny, resolve_dtype
 from dynprune.stages.export import slm_source
 from dynprune.stages.run import Run
 
@@ -51,7 +51,10 @@ def test_two_revisions_of_a_hub_model_have_two_names(tmp_path, monkeypatch):
         (repository / "refs" / revision).write_text(commit)
     assert load_hf("org/tiny", "float32").name == f"org/tiny@{commits['main']}"
     assert load_hf("org/tiny", "float32", revision="old").name == f"org/tiny@{commits['old']}"
-    assert without_commit(f"org/tiny@{commits['main']}+delta") == "org/tiny+delta"
+    slm = load_hf("org/tiny", "float32")
+    assert not any(is_another(name, slm) for name in (slm.name, "org/tiny", "", None))
+    assert is_another(f"org/tiny@{commits['old']}", slm)
+    assert is_another("org/other", slm)
     folder = repository / "snapshots" / commits["old"]
     assert load_hf(str(folder), "float32").name == str(folder)
 

@@ -301,9 +301,14 @@ def _plain_lora_config(path: Path) -> dict[str, Any]:
     return {**plain, "use_rslora": stored.get("use_rslora", False)}
 
 
-def without_commit(name: str) -> str:
-    """An SLM's name as it was before it said the commit of a Hub's model."""
-    return re.sub(r"@[0-9a-f]{40}", "", name)
+def is_another(made_for: str | None, slm: SLM) -> bool:
+    """Whether what was made for an SLM of some name was made for another one; not where nobody knows.
+
+    Args:
+        made_for: The name; before names said the commit of a Hub's model it lacks that.
+        slm: The SLM.
+    """
+    return bool(made_for) and made_for not in (slm.name, re.sub(r"@[0-9a-f]{40}", "", slm.name))
 
 
 def commit_of(name: str, revision: str | None) -> str | None:

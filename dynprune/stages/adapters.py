@@ -35,7 +35,7 @@ from dynprune.evaluation.run_results import write_parts
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
-from dynprune.slm.loading import SLM, without_commit
+from dynprune.slm.loading import SLM, is_another
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.checkpoints import StepCheckpoints, best_state, epoch_checkpoints, last_of
 from dynprune.stages.progress import track
@@ -156,7 +156,7 @@ def _fitted(run: Run) -> Artifact:
         )
         # Refuses adapters of another shape before anything is computed with them.
         LayerPruner(slm, stack)
-        if ready is not None and (other := made_for(ready)) not in (None, slm.name, without_commit(slm.name)):
+        if ready is not None and is_another(other := made_for(ready), slm):
             log.warning("adapter.folder=%s holds adapters of %s, but the SLM is %s", settings.folder, other, slm.name)
         # Drawn on the CPU, whatever the device, and then fitted where the states are.
         stack.to(slm.device)

@@ -1,5 +1,6 @@
 """The stage ``router``: trains a router by one method and keeps the checkpoint with the least loss on held-out data."""
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,12 @@ from dynprune.router.inputs import RouterInputs
 from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import Policy, ValuePolicy, build_policy
 from dynprune.router.router import Router
+from dynprune.slm.loading import is_another
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.run import Run, content_digest, plain
 
+log = logging.getLogger(__name__)
 VERSION = 4
 _MONITORED = "validation/loss"
 ROUTER = "router"
@@ -248,6 +251,13 @@ def trained_router(run: Run, artifact: Artifact) -> TrainedRouter:
         raise ValueError(
             f"router.folder={run.config.router.folder} chooses among {network.num_layers} layers, but {run.slm.name} has "
             f"{run.slm.num_layers}; allowed: a router for this SLM, or router.folder=null, which trains one"
+        )
+    if run.config.router.folder is not None and is_another(other := extra.get("slm"), run.slm):
+        log.warning(
+            "router.folder=%s holds a router that learned what %s can do without, but the SLM is %s",
+            run.config.router.folder,
+            other,
+            run.slm.name,
         )
     return TrainedRouter(network.to(run.slm.device), build_policy(extra["policy"]), run.slm.device)
 
