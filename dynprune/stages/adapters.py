@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dynprune.adapters.distillation import Distillation
 from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing
+from dynprune.atomic import next_number, replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.evaluation.parts import AdapterPart
@@ -50,6 +51,7 @@ _HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
 _LAST_TARGETS = ("output", "final_norm")
 _ANSWERS = "answers.json"
+_PARTS, _PART = "part-*.json", "part-{:05d}.json"
 _ERRORS = "errors.json"
 _HARM = "harm.json"
 
@@ -365,13 +367,24 @@ def _answers(run: Run) -> Artifact:
         for query in queries:
             prompt, reference = run.tokens(query)
             requests.append(Request(prompt, (), limit, (reference,)))
-        right: dict[int, Answered] = {}
+        answered: dict[int, tuple[int, ...]] = {}
+        for part in sorted(folder.glob(_PARTS)):
+            answered |= {position: tuple(ids) for position, ids in json.loads(part.read_text(encoding="utf-8"))}
+        left = [position for position in range(len(requests)) if position not in answered]
         with LayerPruner(run.slm) as pruner:
-            answers = generate_all(run.slm, pruner, requests, run.config.hardware.batch_size)
-            for position, answer in track(answers, "answers to distil from", len(requests)):
-                output = run.slm.decode(answer.token_ids)
-                if score is None or score(output, queries[position]) == perfect:
-                    right[position] = (requests[position].prompt, answer.token_ids)
+            answers = generate_all(run.slm, pruner, [requests[position] for position in left], run.config.hardware.batch_size)
+            tracked = track(answers, "answers to distil from", len(left))
+            while some := [
+                (left[index], answer.token_ids) for index, answer in islice(tracked, run.config.hardware.batch_size)
+            ]:
+                with replacing(folder / _PART.format(next_number(folder, _PARTS))) as path:
+                    path.write_text(json.dumps(some), encoding="utf-8")
+                answered |= dict(some)
+        right = [
+            (requests[position].prompt, answered[position])
+            for position, query in enumerate(queries)
+            if score is None or score(run.slm.decode(answered[position]), query) == perfect
+        ]
         if not right:
             raise ValueError(
                 f"{run.slm.name} answers none of the {len(queries)} queries right ({settings.correct_by} 0%), so there is "
@@ -379,7 +392,10 @@ def _answers(run: Run) -> Artifact:
                 "adapter.correct_by=null"
             )
         with replacing(folder / _ANSWERS) as path:
-            path.write_text(json.dumps([right[position] for position in sorted(right)]), encoding="utf-8")
+            path.write_text(json.dumps(right), encoding="utf-8")
+        # What is left is the same, however often it was stopped.
+        for part in folder.glob(_PARTS):
+            part.unlink()
         return {"queries": len(queries), "correct": len(right)}
 
-    return run.store.get_or_build("answers", ANSWERS_VERSION, config, digest(queries), {}, build, resumable=False)
+    return run.store.get_or_build("answers", ANSWERS_VERSION, config, digest(queries), {}, build, resumable=True)
