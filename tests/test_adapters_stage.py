@@ -2,7 +2,6 @@
 
 import csv
 import json
-from functools import partial
 from pathlib import Path
 
 import lightning
@@ -10,7 +9,6 @@ import pytest
 import torch
 from tiny import composed, dynprune
 
-import dynprune.stages.adapters as adapters_stage
 from dynprune.adapters.checkpoint import load_adapters
 from dynprune.adapters.distillation import Distillation
 from dynprune.evaluation.run_results import read_run
@@ -114,31 +112,3 @@ def test_a_sweep_of_adapters_ends_with_their_errors_side_by_side(tmp_path):
         assert [line["setting"] for line in csv.DictReader(file)] == ["adapter=bottleneck", "adapter=ridge"]
     assert (tmp_path / "sweep/layer_errors.png").exists()
     assert "data:image/png" in (tmp_path / "sweep/report.html").read_text()
-
-
-def test_answers_that_were_stopped_go_on_where_they_were(tmp_path, monkeypatch):
-    generate_all, asked = adapters_stage.generate_all, []
-
-    def noted(slm, pruner, requests, batch_size, stop_at=None):
-        asked.append(len(requests))
-        for number, answer in enumerate(generate_all(slm, pruner, requests, batch_size)):
-            if number == stop_at:
-                raise KeyboardInterrupt
-            yield answer
-
-    options = ("adapter.max_samples=12", "hardware.batch_size=4", "adapter=ridge", "adapter.bottleneck=8")
-    monkeypatch.setattr(adapters_stage, "generate_all", noted)
-    for folder in ("whole", "stopped"):
-        (tmp_path / folder).mkdir()
-    adapters(tiny(tmp_path / "whole", *options))
-    with monkeypatch.context() as patch:
-        patch.setattr(adapters_stage, "generate_all", partial(noted, stop_at=7))
-        with pytest.raises(KeyboardInterrupt):
-            adapters(tiny(tmp_path / "stopped", *options))
-    adapters(tiny(tmp_path / "stopped", *options))
-    # Of the seven that were there, the three of a part that was not full are made again.
-    assert asked == [12, 12, 8]
-    places = [next((tmp_path / folder / "artifacts/answers").glob("*/answers.json")) for folder in ("whole", "stopped")]
-    assert places[0].read_bytes() == places[1].read_bytes()
-    assert len(json.loads(places[0].read_text())) == 12
-    assert {path.name for path in places[1].parent.iterdir()} == {"answers.json", "manifest.json"}

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +27,26 @@ from dynprune.adapters.distillation import Distillation
 from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
 from dynprune.artifacts import Artifact
-from dynprune.atomic import next_number, replacing
+from dynprune.atomic import replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.evaluation.parts import AdapterPart
 from dynprune.evaluation.run_results import write_parts
-from dynprune.metrics.scores import get_score, perfect_score
-from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
 from dynprune.slm.loading import SLM, is_another
 from dynprune.slm.pruning import LayerPruner
+from dynprune.stages.answers import answers, split_answers
 from dynprune.stages.checkpoints import StepCheckpoints, best_state, epoch_checkpoints, last_of
 from dynprune.stages.progress import track
-from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
+from dynprune.stages.run import Run, content_digest, once_a_run, plain
 
 log = logging.getLogger(__name__)
 VERSION = 2
 CONTEXT_VERSION = 2
-ANSWERS_VERSION = 1
 HARM_VERSION = 1
 _HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
 _LAST_TARGETS = ("output", "final_norm")
-_ANSWERS = "answers.json"
-_PARTS, _PART = "part-*.json", "part-{:05d}.json"
 _ERRORS = "errors.json"
 _HARM = "harm.json"
 
@@ -132,7 +127,7 @@ def drawing(run: Run, stand_ins: Artifact | None) -> Callable[[random.Random], t
 def _fitted(run: Run) -> Artifact:
     """Adapters that each learnt their own layer, and their errors."""
     settings = run.config.adapter
-    source = _answers(run)
+    source = answers(run)
     ready = None if settings.folder is None else adapters_folder(settings.folder)
     own = {key: value for key, value in plain(settings).items() if key not in ("context", "draw", "seed")}
     if settings.last_target == "output":
@@ -147,7 +142,7 @@ def _fitted(run: Run) -> Artifact:
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        training, validation = _split(run, source)
+        training, validation = split_answers(run, source)
         # Loading the SLM draws from the generators, and is done by now where its answers had to be generated.
         slm = run.slm
         lightning.seed_everything(run.config.adapter.seed, workers=True)
@@ -194,7 +189,7 @@ def _fitted(run: Run) -> Artifact:
 def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
     """The adapters trained together through the SLM, from the fitted ones on."""
     settings = run.config.adapter.context
-    source = _answers(run)
+    source = answers(run)
     config = {
         "model": run.model_identity,
         "context": plain(settings),
@@ -204,7 +199,7 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        training, validation = _split(run, source)
+        training, validation = split_answers(run, source)
         stack = load_adapters(fitted.folder).to(run.slm.device).train().requires_grad_(True)
         draw = drawing(run, fitted)
         lightning.seed_everything(run.config.adapter.seed, workers=True)
@@ -259,17 +254,6 @@ def _save(run: Run, stack: AdapterStack, measured: Distillation, folder: Path) -
         save_thesis_adapters(stack, folder / "thesis")
 
 
-def _split(run: Run, source: Artifact) -> tuple[list[Answered], list[Answered]]:
-    """Samples to train on and samples held out."""
-    samples: list[Answered] = [tuple(sample) for sample in json.loads((source.folder / _ANSWERS).read_text(encoding="utf-8"))]
-    held_out = max(1, round(run.config.adapter.validation_share * len(samples)))
-    if held_out >= len(samples):
-        raise ValueError(
-            f"{len(samples)} correct answer is too few to distil from and to validate on; raise adapter.max_samples"
-        )
-    return samples[held_out:], samples[:held_out]
-
-
 def _ids(run: Run, texts: Sequence[Sequence[int]]) -> list[str]:
     """Ids of the queries whose prompts some texts begin with."""
     queries = [query for split in run.config.adapter.splits for query in run.splits[split]]
@@ -300,7 +284,7 @@ def _first_residuals(run: Run, samples: Sequence[Answered]) -> torch.Tensor:
 def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
     """By how many nats a token the answers get less likely where a layer is pruned alone."""
     count = run.config.adapter.draw.probe_samples
-    source = _answers(run)
+    source = answers(run)
     config = {
         "model": run.model_identity,
         "probe_samples": count,
@@ -310,7 +294,7 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
     upstream = {**upstream_of(stand_ins), "answers": source.fingerprint}
 
     def build(folder: Path) -> dict[str, Any]:
-        samples, _ = _split(run, source)
+        samples, _ = split_answers(run, source)
         probes = random.Random(run.config.adapter.seed).sample(samples, min(count, len(samples)))
         configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
         nats, tokens = [0.0] * len(configurations), 0
@@ -345,57 +329,3 @@ def accumulation(key: str, settings: DictConfig) -> int:
             f"{key}.micro_batch_size=4"
         )
     return int(size // micro)
-
-
-@once_a_run
-def _answers(run: Run) -> Artifact:
-    """Prompts and answers of the queries that the SLM answers right, as it answers them."""
-    settings = run.config.adapter
-    pool = [query for split in settings.splits for query in run.splits[split]]
-    queries = random.Random(run.config.adapter.seed).sample(pool, min(settings.max_samples, len(pool)))
-    config = {
-        "model": run.model_identity,
-        "correct_by": settings.correct_by,
-        "max_tokens_margin": run.config.evaluation.max_tokens_margin,
-    }
-
-    def build(folder: Path) -> dict[str, Any]:
-        score = get_score(settings.correct_by, "adapter.correct_by") if settings.correct_by is not None else None
-        perfect = perfect_score(settings.correct_by) if settings.correct_by is not None else None
-        limit = run.max_new_tokens(queries)
-        requests = []
-        for query in queries:
-            prompt, reference = run.tokens(query)
-            requests.append(Request(prompt, (), limit, (reference,)))
-        answered: dict[int, tuple[int, ...]] = {}
-        for part in sorted(folder.glob(_PARTS)):
-            answered |= {position: tuple(ids) for position, ids in json.loads(part.read_text(encoding="utf-8"))}
-        left = [position for position in range(len(requests)) if position not in answered]
-        with LayerPruner(run.slm) as pruner:
-            answers = generate_all(run.slm, pruner, [requests[position] for position in left], run.config.hardware.batch_size)
-            tracked = track(answers, "answers to distil from", len(left))
-            while some := [
-                (left[index], answer.token_ids) for index, answer in islice(tracked, run.config.hardware.batch_size)
-            ]:
-                with replacing(folder / _PART.format(next_number(folder, _PARTS))) as path:
-                    path.write_text(json.dumps(some), encoding="utf-8")
-                answered |= dict(some)
-        right = [
-            (requests[position].prompt, answered[position])
-            for position, query in enumerate(queries)
-            if score is None or score(run.slm.decode(answered[position]), query) == perfect
-        ]
-        if not right:
-            raise ValueError(
-                f"{run.slm.name} answers none of the {len(queries)} queries right ({settings.correct_by} 0%), so there is "
-                "nothing to distil from; task-tune it first (dynprune stage=adapt), raise adapter.max_samples, or set "
-                "adapter.correct_by=null"
-            )
-        with replacing(folder / _ANSWERS) as path:
-            path.write_text(json.dumps(right), encoding="utf-8")
-        # What is left is the same, however often it was stopped.
-        for part in folder.glob(_PARTS):
-            part.unlink()
-        return {"queries": len(queries), "correct": len(right)}
-
-    return run.store.get_or_build("answers", ANSWERS_VERSION, config, digest(queries), {}, build, resumable=True)
