@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
 from tiny import composed
+from written_runs import write_run
 
 from dynprune.evaluation.comparison_output import render_comparison, write_comparison
 from dynprune.evaluation.parts import AdapterPart, ExplorationPart, RouterPart
@@ -17,43 +17,6 @@ from dynprune.evaluation.run_results import failed, has_table_of, is_run, read_r
 from dynprune.stages.run import Run
 
 UNENDED = "it left nothing to compare: it has not ended, or was killed"
-SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
-
-
-def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1, lossless=()):
-    """A run's folder; rows: by name, whether each answer is right, and what was said."""
-    (folder / "report/samples").mkdir(parents=True)
-    layers = layers or {}
-    records = []
-    for name, right in rows.items():
-        samples = [
-            {
-                "id": f"q{i}",
-                "output": f"{name} {r}" if name != "original" else "full",
-                "pruned_layers": list(range(round(layers.get(name, 0)))),
-                "scores": dict.fromkeys(SCORES, r),
-            }
-            for i, r in enumerate(right)
-        ]
-        (folder / f"report/samples/{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-        records.append(
-            {
-                "name": name,
-                "n": len(right),
-                "mean_pruned_layers": layers.get(name, 0.0),
-                "nominal_speedup": 0.2,
-                "measured_speedup": {"median": speedup, "low": 0.0, "high": 0.3},
-                "timed": 4,
-                "truncated": 1,
-                "lossless": {"tokens": 1} if name in lossless else None,
-            }
-        )
-    seed = next((int(o.partition("=")[2]) for o in overrides if o.startswith("seed=")), 0)
-    config = {"seed": seed, "name": folder.name, "evaluation": {"router_seeds": list(seeds)}, "method": "x"}
-    table = {"rows": records, "machine": {"cpu": "one", "cores": 2}, "config": config, "overrides": overrides, "plugins": {}}
-    table["inputs"] = {"queries": "their hash"}
-    (folder / "report/table.json").write_text(json.dumps(table))
-    return read_run(folder)
 
 
 def entries_of(comparison):
@@ -359,37 +322,6 @@ def test_a_seed_that_was_not_typed_is_that_of_the_configuration(tmp_path):
     runs = [write_run(tmp_path / name, typed[name], {"original": [1], "router-dpo": [name == "a"]}) for name in typed]
     # The same seed twice: two settings, not two seeds.
     assert set(entries_of(compare_runs(runs))) == {("", "original"), ("a", "router-dpo"), ("b", "router-dpo")}
-
-
-def test_brackets_of_a_setting_are_shown(tmp_path, capsys):
-    kinds = ("a", "/b")
-    runs = [write_run(tmp_path / f"{i}", [f"only=[{kinds[i]}]"], {"original": [1], "router-dpo": [i]}) for i in range(2)]
-    Console(width=120).print(render_comparison(compare_runs(runs)))
-    said = capsys.readouterr().out
-    assert "only=[a]" in said
-    assert "only=[/b]" in said
-
-
-@pytest.mark.parametrize("settings", [2, 6])
-def test_the_terminal_shows_the_surest_differences_between_settings(tmp_path, capsys, settings):
-    # Of twenty queries each setting answers three more than the one before.
-    right = [[int(query < 3 * number) for query in range(20)] for number in range(settings)]
-    runs = [
-        write_run(tmp_path / f"{i}", [f"method=m{i}"], {"original": [1] * 20, "router-dpo": right[i]}) for i in range(settings)
-    ]
-    comparison = compare_runs(runs)
-    Console(width=120).print(render_comparison(comparison))
-    said = capsys.readouterr().out
-    table = said.partition("Differences")[2]
-    pairs = settings * (settings - 1) // 2
-    assert ("the 12 surest of 15" in table) == (pairs > 12)
-    first = next(line for line in table.splitlines() if "router-dpo" in line)
-    # McNemar by hand: all of the n discordant pairs fall one way, which has probability 2 / 2^n.
-    better = 3 * (settings - 1)
-    assert f"m{settings - 1}" in first
-    assert f"{5 * better}.0" in first
-    p = 2 / 2**better
-    assert ("< 0.001" if p < 0.001 else f"{p:.3f}") in first
 
 
 def test_runs_that_differ_by_more_than_their_seeds_are_named(tmp_path):
