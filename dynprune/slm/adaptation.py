@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -35,9 +35,9 @@ from dynprune.slm.likelihood import IGNORED
 from dynprune.slm.loading import SLM
 
 _FUNCTIONS = "functions.json"
-_WIDTH_STEP = 64
 DELTA_FILES = ("adapter_config.json", "adapter_model.safetensors", _FUNCTIONS)
 """Of a delta's folder, what can change a result; its card cannot."""
+_WIDTH_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class AnswerData(lightning.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer else 0
         families = self.families(epoch)
         generator = torch.Generator().manual_seed(self._seed + epoch)
-        lengths = [_num_tokens(samples) for samples in families]
-        sampler = (
-            RandomSampler(families, generator=generator)
-            if self._batch_size == 1
-            else LengthGroupedSampler(self._batch_size, lengths=lengths, generator=generator)
-        )
+        sampler: Sampler[int]
+        if self._batch_size == 1:
+            sampler = RandomSampler(families, generator=generator)
+        else:
+            lengths = [_num_tokens(samples) for samples in families]
+            sampler = LengthGroupedSampler(self._batch_size, lengths=lengths, generator=generator)
         return ResumableLoader(
             families,  # type: ignore[arg-type]  # A list is a map-style data set.
             batch_size=self._batch_size,

@@ -10,7 +10,6 @@ from dynprune.dynamic_model import DynamicModel
 from dynprune.evaluation.run_results import has_table_of
 from dynprune.router.checkpoint import load_router
 from dynprune.router.policies import build_policy
-from dynprune.slm.loading import commit_of
 from dynprune.stages.adapters import adapters
 from dynprune.stages.evaluate import with_own_router
 from dynprune.stages.router import ROUTER, router, router_layers
@@ -68,8 +67,9 @@ def slm_source(run: Run) -> dict[str, Any]:
     for key in ("name", "delta"):
         if settings.get(key) is not None and Path(settings[key]).is_dir():
             settings[key] = str(Path(settings[key]).resolve())
-    if settings.get("name") is not None and (commit := commit_of(settings["name"], settings.get("revision"))) is not None:
-        settings["revision"] = commit
+    if settings.get("name") is not None and not Path(settings["name"]).is_dir():
+        # The commit, as far as it is known.
+        settings["revision"] = run.model_identity["content"] or settings.get("revision")
     return {"kind": _KINDS[loader], "arguments": settings}
 
 
