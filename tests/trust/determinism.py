@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 _RUN = ("experiment=tiny", "exploration.estimate_all=true", "pairs=all", "method=dpo", "hydra.run.dir=outputs/run")
-_MEASURED = ("attempts", "wall_clock_s", "created", "peak_memory_mib")
+# And the hash of all that.
+_MEASURED = ("attempts", "wall_clock_s", "created", "peak_memory_mib", "sha256")
 _TIMING = "latency"
 
 
