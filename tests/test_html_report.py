@@ -1,22 +1,22 @@
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
+from browser import check_in_browser
 
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.cells import Grid
 from dynprune.evaluation.figures import layer_counts
 from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
+from dynprune.evaluation.run_results import AskedQuery
 
 EVIL = "<script>alert('gotcha')</script><img src=x onerror=alert(1)> \ud800"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def query(number, text="Add them."):
     answers = ({"name": "add", "arguments": {"a": number}},)
-    return Query(f"q{number}", "simple", ({"role": "user", "content": text},), (), answers, ())
+    return AskedQuery.of(Query(f"q{number}", "simple", ({"role": "user", "content": text},), (), answers, ()))
 
 
 def sample(number, right, layers=(), output="said"):
@@ -37,8 +37,7 @@ def report(tmp_path):
             Grid("Time", ".", ["Row", "Seconds"], [["original", "1.2"]]),
         ],
         [Picture("How many layers are pruned", "Shares of queries", tmp_path / "layer_counts.png")],
-        choose_examples([query(0, EVIL)], samples, "router-dpo", []),
-        6,
+        choose_examples([query(0, EVIL)], samples, "router-dpo", [], 6),
         {"cpu": EVIL},
         {"torch": "2"},
         f"name: {EVIL}",
@@ -94,8 +93,8 @@ def test_examples_are_of_all_kinds_and_the_most_pruned_first():
         "router-dpo": [sample(i, r, layers[i]) for i, r in enumerate(right["router-dpo"])],
         "static-2": [sample(i, 1, (8, 9)) for i in range(7)],
     }
-    examples = choose_examples([query(i) for i in range(7)], samples, "router-dpo", ["static-2", "router-dpo"])
-    assert [(example.kind, example.id) for example in examples] == [
+    examples = choose_examples([query(i) for i in range(7)], samples, "router-dpo", ["static-2", "router-dpo"], 30)
+    assert [(example.kind, example.asked.id) for example in examples] == [
         ("Wrong unpruned, right under router-dpo", "q1"),
         ("Right unpruned, wrong under router-dpo", "q0"),
         ("Right under both", "q6"),
@@ -105,30 +104,10 @@ def test_examples_are_of_all_kinds_and_the_most_pruned_first():
     ]
     assert [answer.row for answer in examples[0].answers] == ["original", "router-dpo", "static-2"]
     assert [answer.right for answer in examples[0].answers] == [False, True, True]
-    assert examples[0].reference == '[{"name": "add", "arguments": {"a": 1}}]'
+    assert examples[0].asked.reference == '[{"name": "add", "arguments": {"a": 1}}]'
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; type: apt-get install chromium")
 @pytest.mark.parametrize("width", [400, 1280])
 def test_a_browser_shows_it_without_an_error_and_within_its_width(report, width):
-    from playwright.sync_api import sync_playwright
-
-    said, asked = [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: said.append(dialog.message))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(report.as_uri())
-        for summary in page.locator("summary").all():
-            summary.click()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        # What a person reads at a glance is not smaller than this.
-        assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)") >= 12
-        browser.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    check_in_browser(report, width)

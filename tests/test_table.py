@@ -77,7 +77,8 @@ def read_json(folder):
 def test_json_has_the_published_schema(tmp_path):
     write(tmp_path / "new" / "folder")
     document = read_json(tmp_path / "new" / "folder")
-    assert list(document) == ["rows", "comparisons", "seeds", "machine", "versions", "config", "overrides", "plugins", "inputs"]
+    about_the_run = ["machine", "versions", "config", "overrides", "plugins", "inputs", "num_layers"]
+    assert list(document) == ["rows", "comparisons", "seeds", *about_the_run]
     row = document["rows"][1]
     assert row["name"] == "router-dpo"
     assert row["n"] == 200

@@ -2,13 +2,20 @@
 
 import json
 
-from dynprune.evaluation.run_results import read_run
+from dynprune.data.tasks import Query
+from dynprune.evaluation.run_results import read_run, write_queries
 
 SCORES = ("json_match", "ast_match", "parse_rate", "name_match", "ratio_function_calls", "partial_match")
 
 
-def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1, lossless=()):
-    """A run's folder; rows: by name, whether each answer is right, and what was said."""
+def asked(number):
+    """The query of a number."""
+    messages = ({"role": "user", "content": f"Add {number}.\u2028<b>Now</b> \ud800"},)
+    return Query(f"q{number}", "simple", messages, (), ({"name": "add", "arguments": {"a": number}},), ())
+
+
+def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1, lossless=(), num_layers=None):
+    """A run's folder; rows: by name, whether each answer is right, and what was said; with L all that is written now."""
     (folder / "report/samples").mkdir(parents=True)
     layers = layers or {}
     records = []
@@ -39,5 +46,8 @@ def write_run(folder, overrides, rows, seeds=(), layers=None, speedup=0.1, lossl
     config = {"seed": seed, "name": folder.name, "evaluation": {"router_seeds": list(seeds)}, "method": "x"}
     table = {"rows": records, "machine": {"cpu": "one", "cores": 2}, "config": config, "overrides": overrides, "plugins": {}}
     table["inputs"] = {"queries": "their hash"}
+    if num_layers is not None:
+        table["num_layers"] = num_layers
+        write_queries(folder / "report", [asked(i) for i in range(len(next(iter(rows.values()))))])
     (folder / "report/table.json").write_text(json.dumps(table))
     return read_run(folder)

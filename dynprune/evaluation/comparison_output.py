@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,12 +19,13 @@ from dynprune.atomic import replacing
 from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, number, p_value, stacked
 from dynprune.evaluation.comparisons import Comparison
-from dynprune.evaluation.figures import accuracy_speedup
+from dynprune.evaluation.figures import accuracy_speedup, layer_counts, layers_pruned
 from dynprune.evaluation.layer_error import layer_errors_compared
 from dynprune.evaluation.part_grids import layer_error_grid, part_grids, shown_setting
 from dynprune.evaluation.parts import PartEntry
 from dynprune.evaluation.run_comparison import Entry, Failure, RunComparison
 from dynprune.evaluation.table import comparison_grid, score_label, score_scale
+from dynprune.evaluation.training_curves import training_curves
 
 # Of many settings each is compared with each: a terminal shows the surest differences, the files all.
 _MOST_DIFFERENCES = 12
@@ -43,7 +45,16 @@ def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(replacing(folder / name)).write_text(text, encoding="utf-8", newline="")
-    written = [folder / name for name in texts]
+    return [*(folder / name for name in texts), *write_figures(comparison, folder)]
+
+
+def write_figures(comparison: RunComparison, folder: Path) -> list[Path]:
+    """Writes the figures of what there is.
+
+    Returns:
+        What was written.
+    """
+    written = []
     if comparison.entries:
         accuracy_speedup([entry.table_row for entry in comparison.entries], folder / "comparison.png")
         written.append(folder / "comparison.png")
@@ -51,7 +62,31 @@ def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
         errors = {shown_setting(entry.setting): entry.mean for entry in comparison.adapters}
         layer_errors_compared(errors, folder / "layer_errors.png")
         written.append(folder / "layer_errors.png")
+    pruning = [entry for entry in comparison.entries if entry.prunes]
+    # SLMs of different depth have no layers in common.
+    depths = {entry.num_layers for entry in pruning}
+    if len(depths) == 1 and (num_layers := depths.pop()) is not None:
+        layers_pruned({entry.name: _frequency(entry, num_layers) for entry in pruning}, folder / "layers_pruned.png")
+        written.append(folder / "layers_pruned.png")
+    if choosing := [entry for entry in pruning if len(_pruned(entry)) > 1]:
+        counts = {entry.name: [len(layers) for layers in _pruned(entry).elements()] for entry in choosing}
+        layer_counts(counts, folder / "layer_counts.png")
+        written.append(folder / "layer_counts.png")
+    if comparison.curves:
+        training_curves(comparison.curves, folder / "training_curves.png")
+        written.append(folder / "training_curves.png")
     return written
+
+
+def _pruned(entry: Entry) -> Counter[tuple[int, ...]]:
+    """How often an entry prunes each set of layers, over queries and seeds."""
+    return Counter(layers for said_N in entry.said_SN for _, layers, _ in said_N)
+
+
+def _frequency(entry: Entry, num_layers: int) -> list[float]:
+    """The share of queries and seeds for which each layer is pruned."""
+    pruned = _pruned(entry)
+    return [sum(n for layers, n in pruned.items() if layer in layers) / pruned.total() for layer in range(num_layers)]
 
 
 def render_comparison(comparison: RunComparison) -> Group:

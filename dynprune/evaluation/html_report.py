@@ -4,7 +4,6 @@ The templates are in ``templates/``; they escape whatever models, queries and co
 """
 
 import base64
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from dynprune.atomic import replacing
-from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.cells import Grid, listed
 from dynprune.evaluation.comparison_output import comparison_grids, machines_sentence
-from dynprune.evaluation.run_comparison import RunComparison
+from dynprune.evaluation.run_comparison import Entry, RunComparison
+from dynprune.evaluation.run_results import AskedQuery
 
 _EXAMPLES_OF_A_KIND = 3
+_EXAMPLES_OF_A_COMPARISON = 9
 _ANSWERS_OF_AN_EXAMPLE = 6
 # By file, the heading of a comparison's figure and what it shows.
 _COMPARED = {
     "comparison": ("AST match against speedup", "AST match of each setting against its speedup"),
     "layer_errors": ("Error of each layer's adapter", "Reconstruction error of each layer's adapter under each setting"),
+    "layer_counts": ("How many layers are pruned", "For each row, the share of queries with each number of pruned layers"),
+    "layers_pruned": ("Which layers are pruned", "For each row, the share of queries for which each layer is pruned"),
+    "training_curves": ("How the routers learned", "Losses and order of held-out pairs of each router, epoch by epoch"),
 }
 _INTERVAL = re.compile(r"(.+) (\[.+\])", re.DOTALL)
 
@@ -61,12 +65,14 @@ class Answer:
 
     Attributes:
         row: The row's name.
+        num_layers: L, the decoder layers of its SLM.
         pruned_layers: The layers pruned.
         output: What it said.
         right: Whether that is right.
     """
 
     row: str
+    num_layers: int
     pruned_layers: Sequence[int]
     output: str
     right: bool
@@ -78,21 +84,21 @@ class Example:
 
     Attributes:
         kind: What it is an example of.
-        id: The query's id.
-        query: The last user message.
-        reference: The reference calls, as JSON.
+        asked: The query.
         answers: What the rows said.
     """
 
     kind: str
-    id: str
-    query: str
-    reference: str
+    asked: AskedQuery
     answers: Sequence[Answer]
 
 
 def choose_examples(
-    queries: Sequence[Query], samples: Mapping[str, Sequence[Sample]], row: str, others: Sequence[str]
+    queries: Sequence[AskedQuery],
+    samples: Mapping[str, Sequence[Sample]],
+    row: str,
+    others: Sequence[str],
+    num_layers: int,
 ) -> list[Example]:
     """Picks some queries of each kind: mended by pruning, broken by it, right under both, wrong under both.
 
@@ -103,6 +109,7 @@ def choose_examples(
         samples: By row, a sample for each query, ``original`` among them.
         row: The row that the kinds are about.
         others: Rows that are shown beside it.
+        num_layers: L, the SLM's decoder layers.
     """
     kinds = {
         (False, True): f"Wrong unpruned, right under {row}",
@@ -120,13 +127,48 @@ def choose_examples(
         for place in deepest_first[:_EXAMPLES_OF_A_KIND]:
             said = [samples[name][place] for name in shown]
             answers = [
-                Answer(name, sample.pruned_layers, sample.output, _is_right(sample))
+                Answer(name, num_layers, sample.pruned_layers, sample.output, _is_right(sample))
                 for name, sample in zip(shown, said, strict=True)
             ]
-            query = queries[place]
-            reference = json.dumps(query.answers, ensure_ascii=False)
-            examples.append(Example(kinds[kind], query.id, query.messages[-1]["content"], reference, answers))
+            examples.append(Example(kinds[kind], queries[place], answers))
     return examples
+
+
+def contrasting_examples(comparison: RunComparison) -> list[Example]:
+    """Picks the queries on which the settings of a comparison differ most; of each setting its first seed is shown."""
+    known = [entry for entry in comparison.entries if entry.num_layers is not None and entry.ids[0] in comparison.asked]
+    # Settings of the same queries alone stand side by side: those of the most.
+    of_queries: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in known:
+        of_queries.setdefault(entry.ids, []).append(entry)
+    if not of_queries:
+        return []
+    ids, together = max(of_queries.items(), key=lambda item: len(item[1]))
+    # What is the same under all settings, and a router's further budgets, say least of how they differ.
+    first = sorted(together, key=lambda entry: (entry.row != "original", entry.shared, "@" in entry.row))
+    shown = first[:_ANSWERS_OF_AN_EXAMPLE]
+    right_NE = [[entry.correct_SN[0][place] == 1 for entry in shown] for place in range(len(ids))]
+
+    def agreement(place: int) -> tuple[int, int]:
+        of_settings = [right for entry, right in zip(shown, right_NE[place], strict=True) if not entry.shared]
+        return abs(2 * sum(of_settings) - len(of_settings)), abs(2 * sum(right_NE[place]) - len(shown))
+
+    undecided_first = sorted(range(len(ids)), key=agreement)
+    return [
+        Example(
+            f"{sum(right_NE[place])} of {len(shown)} right",
+            comparison.asked[ids[place]],
+            [_first_answer(entry, place) for entry in shown],
+        )
+        for place in undecided_first[:_EXAMPLES_OF_A_COMPARISON]
+    ]
+
+
+def _first_answer(entry: Entry, place: int) -> Answer:
+    """What an entry's first seed said to one of its queries."""
+    assert entry.num_layers is not None
+    _, layers, output = entry.said_SN[0][place]
+    return Answer(entry.name, entry.num_layers, layers, output, entry.correct_SN[0][place] == 1)
 
 
 def write_run_report(
@@ -136,7 +178,6 @@ def write_run_report(
     grids: Sequence[Grid],
     pictures: Sequence[Picture],
     examples: Sequence[Example],
-    num_layers: int,
     machine: Mapping[str, Any],
     versions: Mapping[str, Any],
     config: str,
@@ -150,7 +191,6 @@ def write_run_report(
         grids: The tables, the most important one first.
         pictures: The figures.
         examples: See `choose_examples`.
-        num_layers: L, the SLM's decoder layers.
         machine: The machine.
         versions: Versions of packages.
         config: The resolved configuration, as YAML.
@@ -164,32 +204,43 @@ def write_run_report(
         figures=pictures,
         examples=examples,
         example_row=examples[0].answers[1].row if examples else "",
-        num_layers=num_layers,
-        machine=listed(machine),
-        versions=listed(versions),
+        machine=f"Machine: {listed(machine)}.",
+        versions=[listed(versions)],
         config=config,
     )
 
 
-def write_comparison_report(path: Path, comparison: RunComparison, pictures: Sequence[Path]) -> None:
+def write_comparison_report(path: Path, title: str, comparison: RunComparison, pictures: Sequence[Path]) -> None:
     """Writes the report of a comparison.
 
     Args:
         path: Where to; it appears when it is complete.
+        title: Its heading.
         comparison: The comparison.
         pictures: Its figures.
     """
-    facts = [f"{comparison.runs} runs"]
+    facts = [f"{comparison.runs} run{'' if comparison.runs == 1 else 's'}"]
     if comparison.failures:
         facts.append(f"{len(comparison.failures)} failed")
+    configured, config = comparison.configured or ("", {})
     _write(
         path,
         "comparison.html.j2",
-        title="Comparison of runs",
+        title=title,
         facts=facts,
         grids=comparison_grids(comparison),
         figures=[Picture(*_COMPARED[picture.stem], picture) for picture in pictures],
-        machines=machines_sentence(comparison),
+        examples=contrasting_examples(comparison),
+        machine=machines_sentence(comparison),
+        versions=[listed(versions) for versions in comparison.versions],
+        origins=Grid(
+            "Runs",
+            " and what was typed for them.",
+            ["Folder", "Seed", "Typed"],
+            [[str(folder), seed, typed] for folder, seed, typed in comparison.origins],
+        ),
+        configured=configured,
+        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else "",
     )
 
 

@@ -19,10 +19,11 @@ import numpy as np
 from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.comparisons import Comparison, SeedSummary, compare, over_seeds
 from dynprune.evaluation.parts import AdapterPart, ExplorationPart, P, PartEntry, RouterPart, part_entries
-from dynprune.evaluation.run_results import RowResult, RunResult
+from dynprune.evaluation.run_results import AskedQuery, RowResult, RunResult
 from dynprune.evaluation.statistics import MedianInterval, mean_interval
 from dynprune.evaluation.style import method_of
 from dynprune.evaluation.table import SCORES, TableRow
+from dynprune.evaluation.training_curves import TrainingCurve
 
 # Where and how a run is run, or what became of it afterwards; the seed is what is averaged over.
 _NO_SETTING = {"seed", "name", "stage", "runs", "source", "export_router", "skip_completed", "logger"}
@@ -44,6 +45,8 @@ class Entry:
         summary: AST match over seeds.
         ids: The queries.
         correct_SN: Whether each answer is right, by seed.
+        said_SN: For each query its id, the layers pruned and the output, by seed.
+        num_layers: L, the SLM's decoder layers; ``None`` where its runs do not say.
         table_row: All its figures, averaged over seeds.
         runs: The runs' folders.
     """
@@ -55,6 +58,8 @@ class Entry:
     summary: SeedSummary
     ids: tuple[str, ...]
     correct_SN: tuple[tuple[float, ...], ...]
+    said_SN: tuple[tuple[tuple[str, tuple[int, ...], str], ...], ...]
+    num_layers: int | None
     table_row: TableRow
     runs: tuple[Path, ...]
 
@@ -62,6 +67,11 @@ class Entry:
     def name(self) -> str:
         """What it is called where there is one column: the row, and its setting where that says more."""
         return self.table_row.name
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it prunes layers, not to draft only."""
+        return self.row != "original" and not self.row.startswith("lossless")
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,11 @@ class RunComparison:
         adapters: The adapters of each setting, where settings differ in them.
         explorations: The same of what was explored.
         routers: Routers that were trained alone, the best order of held-out pairs first.
+        curves: How routers learned, a curve for each seed: by method, with its setting where there are several.
+        asked: The queries, by their ids.
+        origins: Of each run its folder, its seed and what was typed.
+        configured: Folder and configuration of the first run whose configuration is known.
+        versions: Releases of packages that tables were made with, each once.
     """
 
     entries: list[Entry]
@@ -104,6 +119,11 @@ class RunComparison:
     adapters: list[PartEntry[AdapterPart]]
     explorations: list[PartEntry[ExplorationPart]]
     routers: list[PartEntry[RouterPart]]
+    curves: dict[str, list[TrainingCurve]]
+    asked: dict[str, AskedQuery]
+    origins: list[tuple[Path, str, str]]
+    configured: tuple[Path, Mapping[str, Any]] | None
+    versions: list[Mapping[str, Any]]
 
 
 def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
@@ -123,6 +143,7 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
     failures = [Failure(setting, run.seed, run.folder, run.failure) for setting, run in named if run.failure is not None]
     entries = _entries(done)
     machines = dict.fromkeys(_machine(run) for _, run in done)
+    all_versions = [run.versions for _, run in done]
     return RunComparison(
         entries,
         _comparisons(entries),
@@ -132,7 +153,26 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
         _differing(named, AdapterPart),
         _differing(named, ExplorationPart),
         sorted(_differing(named, RouterPart), key=lambda entry: -entry.mean.preference_accuracy),
+        _curves(named),
+        {id: asked for _, run in done for id, asked in run.asked.items()},
+        [(run.folder, run.seed, " ".join(f"{key}={value}" for key, value in run.overrides.items())) for run in runs],
+        next(((run.folder, run.config) for run in runs if run.config), None),
+        [versions for place, versions in enumerate(all_versions) if versions and versions not in all_versions[:place]],
     )
+
+
+def _curves(named: Sequence[tuple[str, RunResult]]) -> dict[str, list[TrainingCurve]]:
+    """How the routers of each setting learned."""
+    settings_of: dict[str, dict[str, None]] = {}
+    for setting, run in named:
+        for method in run.curves:
+            settings_of.setdefault(method, {})[setting] = None
+    found: dict[str, list[TrainingCurve]] = {}
+    for setting, run in named:
+        for method, of_seeds in run.curves.items():
+            name = method if len(settings_of[method]) == 1 else f"{method} {setting}".rstrip()
+            found.setdefault(name, []).extend(of_seeds)
+    return found
 
 
 def _differing(named: Sequence[tuple[str, RunResult]], kind: type[P]) -> list[PartEntry[P]]:
@@ -256,6 +296,8 @@ def _entry(setting: str, shared: bool, members: Sequence[tuple[RunResult, RowRes
         over_seeds(correct_SN),
         rows[0].ids,
         correct_SN,
+        tuple(result.said for result in rows),
+        members[0][0].num_layers,
         table_row,
         tuple(dict.fromkeys(run.folder for run, _ in members)),
     )

@@ -1,8 +1,9 @@
 """What a finished run left in its folder, read back for a comparison with others.
 
-A run's folder holds ``report/table.json`` and ``report/samples/ROW.jsonl`` where it made a table, and ``failure.json`` where it
-is a job of a sweep that failed. What its parts came to, see `dynprune.evaluation.parts`, stands in ``report/parts.json`` beside
-the table, or in ``parts.json`` where it made parts alone. Each says what was typed; of a killed run ``.hydra`` does.
+A run's folder holds ``report/table.json``, ``report/samples/ROW.jsonl`` and ``report/queries.jsonl`` where it made a table, and
+``failure.json`` where it is a job of a sweep that failed. What its parts came to, see `dynprune.evaluation.parts`, and how its
+routers learned stands in ``report/parts.json`` beside the table, or in ``parts.json`` where it made parts alone. Each says what
+was typed; of a killed run ``.hydra`` does.
 """
 
 import json
@@ -15,13 +16,18 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from dynprune.atomic import replacing
+from dynprune.data.tasks import Query
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.cells import json_value
 from dynprune.evaluation.parts import PARTS, Part, read_part
+from dynprune.evaluation.training_curves import TrainingCurve
 
 TABLE = "report/table.json"
+RESOLVED = "config.yaml"
+"""The configuration of the run that was last started in a folder."""
 _FAILURE = "failure.json"
 _PARTS = "parts.json"
+_QUERIES = "queries.jsonl"
 _OVERRIDES, _CONFIG = ".hydra/overrides.yaml", ".hydra/config.yaml"
 WITH_TABLE = ("all", "evaluate", "report")
 """The stages that leave a table."""
@@ -52,6 +58,26 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class AskedQuery:
+    """What a run was asked.
+
+    Attributes:
+        id: The query's id.
+        query: The last user message.
+        reference: The reference calls, as JSON.
+    """
+
+    id: str
+    query: str
+    reference: str
+
+    @classmethod
+    def of(cls, query: Query) -> "AskedQuery":
+        """That of a query of the data."""
+        return cls(query.id, query.messages[-1]["content"], json.dumps(query.answers, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
 class RunResult:
     """One run.
 
@@ -63,6 +89,11 @@ class RunResult:
         machine: The machine of the table; empty where there is none.
         failure: Why there is nothing to compare; ``None`` where there is.
         parts: What its parts came to, by their names.
+        curves: How its routers learned: by method, a curve for each seed.
+        asked: The queries of its table, by their ids.
+        num_layers: L, the SLM's decoder layers; ``None`` where its table does not say.
+        config: Its configuration; empty where it is not known.
+        versions: Releases of the packages that its table was made with.
     """
 
     folder: Path
@@ -72,6 +103,11 @@ class RunResult:
     machine: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     parts: Mapping[str, Part] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[TrainingCurve]] = field(default_factory=dict)
+    asked: Mapping[str, AskedQuery] = field(default_factory=dict)
+    num_layers: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
 
 
 def typed() -> list[str]:
@@ -79,15 +115,25 @@ def typed() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def write_parts(folder: Path, seed: int, parts: Mapping[str, Part]) -> None:
+def write_parts(
+    folder: Path, seed: int, parts: Mapping[str, Part], curves: Mapping[str, Sequence[TrainingCurve]] | None = None
+) -> None:
     """Notes what a run's parts came to.
 
     Args:
         folder: The run's folder, or its report's where there is a table.
         seed: The run's seed.
         parts: By their names.
+        curves: How its routers learned: by method, a curve for each seed.
     """
-    _note(folder / _PARTS, {"parts": {name: asdict(part) for name, part in parts.items()}, "seed": seed})
+    learned = {name: [asdict(curve) for curve in of_seeds] for name, of_seeds in (curves or {}).items()}
+    _note(folder / _PARTS, {"parts": {name: asdict(part) for name, part in parts.items()}, "curves": learned, "seed": seed})
+
+
+def write_queries(folder: Path, queries: Sequence[Query]) -> None:
+    """Writes beside a table what the SLM was asked."""
+    with replacing(folder / _QUERIES) as path:
+        path.write_text("".join(json.dumps(asdict(AskedQuery.of(query))) + "\n" for query in queries), encoding="utf-8")
 
 
 def write_failure(folder: Path, error: BaseException, seed: int) -> None:
@@ -139,7 +185,7 @@ def is_run(folder: Path) -> bool:
         return True
     if (folder / _PARTS).is_file():
         # Some stages end without anything to compare, such as one shard of an exploration.
-        return bool(_read_parts(folder / _PARTS).parts)
+        return bool(read_parts(folder).parts)
     if not (folder / _CONFIG).is_file():
         return False
     return yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8")).get("stage") in (*WITH_TABLE, *_WITH_PARTS)
@@ -160,14 +206,26 @@ def read_run(folder: Path) -> RunResult:
             overrides = _by_key(found.get("overrides", []))
             if name == _FAILURE:
                 return RunResult(folder, overrides, str(found["seed"]), failure=found["error"])
-            rows = _rows(folder, found)
-            run = RunResult(folder, overrides, str(found["config"]["seed"]), rows, found["machine"])
+            run = RunResult(
+                folder,
+                overrides,
+                str(found["config"]["seed"]),
+                _rows(folder, found),
+                found["machine"],
+                asked=_read_asked((folder / TABLE).with_name(_QUERIES)),
+                num_layers=found.get("num_layers"),
+                config=found["config"],
+                versions=found.get("versions", {}),
+            )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise _broken(folder / name, error) from error
-        beside = (folder / TABLE).parent / _PARTS
-        return replace(run, parts=_read_parts(beside).parts) if beside.is_file() else run
+        beside = (folder / TABLE).parent
+        if not (beside / _PARTS).is_file():
+            return run
+        noted = read_parts(beside)
+        return replace(run, parts=noted.parts, curves=noted.curves)
     if (folder / _PARTS).is_file():
-        return _read_parts(folder / _PARTS)
+        return read_parts(folder)
     config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
     overrides = _by_key(yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or [])
     return RunResult(
@@ -175,13 +233,30 @@ def read_run(folder: Path) -> RunResult:
     )
 
 
-def _read_parts(path: Path) -> RunResult:
+def read_parts(folder: Path) -> RunResult:
+    """Reads what `write_parts` noted in a folder.
+
+    Raises:
+        ValueError: The note is broken.
+    """
+    path = folder / _PARTS
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         parts = {name: read_part(name, note["parts"][name]) for name in PARTS if name in note["parts"]}
-        return RunResult(path.parent, _by_key(note["overrides"]), str(note["seed"]), parts=parts)
+        # Notes of earlier versions do not say how routers learned.
+        learned = note.get("curves", {}).items()
+        curves = {name: [TrainingCurve(**curve) for curve in of_seeds] for name, of_seeds in learned}
+        config = folder / RESOLVED
+        said = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        return RunResult(folder, _by_key(note["overrides"]), str(note["seed"]), parts=parts, curves=curves, config=said)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _broken(path, error) from error
+
+
+def _read_asked(path: Path) -> dict[str, AskedQuery]:
+    """The queries; none where an earlier version wrote the table."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {asked.id: asked for asked in (AskedQuery(**json.loads(line)) for line in lines)}
 
 
 def _broken(path: Path, error: Exception) -> ValueError:

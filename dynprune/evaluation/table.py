@@ -137,6 +137,7 @@ def write_table(
     overrides: Sequence[str] = (),
     plugins: Mapping[str, str] | None = None,
     inputs: Mapping[str, str] | None = None,
+    num_layers: int | None = None,
 ) -> None:
     """Writes ``table.json``, ``table.csv`` and ``table.md``, each complete or not at all.
 
@@ -151,6 +152,7 @@ def write_table(
         overrides: What was typed for the run.
         plugins: Hashes of the code that is not this package's, by module.
         inputs: Hashes of what the config names and what can change under its name: queries, the SLM's files.
+        num_layers: L, the SLM's decoder layers.
     """
     seeds = seeds or {}
     document = {
@@ -163,6 +165,7 @@ def write_table(
         "overrides": list(overrides),
         "plugins": dict(plugins or {}),
         "inputs": dict(inputs or {}),
+        "num_layers": num_layers,
     }
     texts = {
         "table.json": json.dumps(json_value(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n",

@@ -31,12 +31,12 @@ from dynprune.atomic import replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.evaluation.parts import AdapterPart
-from dynprune.evaluation.run_results import write_parts
 from dynprune.slm.likelihood import Answered, score_configurations, similar_samples
 from dynprune.slm.loading import SLM, is_another
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.answers import answers, split_answers
 from dynprune.stages.checkpoints import StepCheckpoints, best_state, epoch_checkpoints, last_of
+from dynprune.stages.part_report import report_parts
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, once_a_run, plain
 
@@ -55,7 +55,7 @@ def fit_adapters(run: Run) -> None:
     """Makes the adapters, and notes in the run's folder how far they are from their layers."""
     artifact = adapters(run)
     if run.store.rank == 0:
-        write_parts(run.folder, run.config.seed, {} if artifact is None else {"adapters": adapter_part(artifact)})
+        report_parts(run, {} if artifact is None else {"adapters": adapter_part(artifact)})
 
 
 def adapter_part(artifact: Artifact) -> AdapterPart:

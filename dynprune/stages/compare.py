@@ -49,7 +49,7 @@ def show_comparison(folders: Sequence[Path], target: Path) -> None:
     comparison = compare_runs([read_run(folder) for folder in sorted(folders, key=_by_number)])
     written = write_comparison(comparison, target)
     pictures = [path for path in written if path.suffix == ".png"]
-    write_comparison_report(target / "report.html", comparison, pictures)
+    write_comparison_report(target / "report.html", "Comparison of runs", comparison, pictures)
     Console().print(render_comparison(comparison))
     for path in (*written, target / "report.html"):
         log.info("wrote %s", os.path.relpath(path))

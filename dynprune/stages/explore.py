@@ -27,13 +27,13 @@ from dynprune.data.rollouts import (
 )
 from dynprune.data.tasks import Query
 from dynprune.evaluation.parts import ExplorationPart
-from dynprune.evaluation.run_results import write_parts
 from dynprune.exploration.engine import Step
 from dynprune.exploration.engine import explore as explore_queries
 from dynprune.exploration.statistics import ExplorationStatistics, exploration_statistics, statistics_lines
 from dynprune.metrics.certainty import LOST
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.stages.adapters import adapters, pruner_of, upstream_of
+from dynprune.stages.part_report import report_parts
 from dynprune.stages.processes import check_job, shared_out
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, digest, once_a_run, plain
@@ -66,7 +66,7 @@ def explore_splits(run: Run) -> None:
     splits = ("train", "validation")
     if settings.shard is None:
         train, _ = (explore(run, split) for split in splits)
-        write_parts(run.folder, run.config.seed, {"exploration": exploration_part(run, train)})
+        report_parts(run, {"exploration": exploration_part(run, train)})
         return
     shards = {split: _queries(run, split)[settings.shard :: settings.shards] for split in splits}
     # Before the first of them is explored: other shards than these would be of no use to it.
@@ -79,7 +79,7 @@ def explore_splits(run: Run) -> None:
     for split, queries in shards.items():
         build = _exploring(run, split, queries)
         run.store.get_or_build(_SHARD, VERSION, *_identity(run, queries), build, resumable=True)
-    write_parts(run.folder, run.config.seed, {})
+    report_parts(run, {})
 
 
 def exploration_part(run: Run, artifact: Artifact) -> ExplorationPart:

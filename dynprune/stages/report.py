@@ -29,17 +29,16 @@ from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.layer_error import layer_error
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.parts import Part
-from dynprune.evaluation.run_results import typed, write_parts
+from dynprune.evaluation.run_results import AskedQuery, typed, write_parts, write_queries
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
-from dynprune.evaluation.training_curves import TrainingCurve, read_curve, training_curves
+from dynprune.evaluation.training_curves import training_curves
 from dynprune.stages.adapters import adapter_part, adapters
 from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.explore import exploration_part, explore
-from dynprune.stages.router import CURVE
-from dynprune.stages.router_rows import TrainedMethod
+from dynprune.stages.router import read_curves
 from dynprune.stages.rows import Row
 from dynprune.stages.run import Run, plain
 from dynprune.stages.samples import write_samples
@@ -80,7 +79,10 @@ def report(run: Run) -> Path:
     seeds = {name: over_seeds(scores) for name, scores in _by_name(evaluation).items() if len(scores) > 1}
     # What an earlier run of this name wrote may be about other rows: it is replaced as a whole.
     shutil.rmtree(new, ignore_errors=True)
-    write_table(rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins, run.inputs)
+    write_table(
+        rows, new, machine, versions(), config, comparisons, seeds, typed(), run.store.plugins, run.inputs, run.slm.num_layers
+    )
+    write_queries(new, evaluation.queries)
     for name, samples in evaluation.samples.items():
         write_samples(samples, new / "samples" / f"{name}.jsonl")
     drawn = drawn_rows(evaluation.rows)
@@ -105,10 +107,10 @@ def report(run: Run) -> Path:
     if choosing:
         counts = {row.name: [len(s.pruned_layers) for s in evaluation.samples[row.name]] for row in choosing}
         layer_counts(counts, new / "layer_counts.png")
-    if curves_of := _training_curves(evaluation.methods):
+    if curves_of := read_curves({method.name: list(method.routers.values()) for method in evaluation.methods}):
         training_curves(curves_of, new / "training_curves.png")
     _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
-    write_parts(new, run.config.seed, parts)
+    write_parts(new, run.config.seed, parts, curves_of)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     track_report(folder)
@@ -116,14 +118,6 @@ def report(run: Run) -> Path:
     for path in sorted(folder.iterdir()):
         log.info("wrote %s", os.path.relpath(path))
     return folder
-
-
-def _training_curves(methods: Sequence[TrainedMethod]) -> dict[str, list[TrainingCurve]]:
-    """By method, a curve for each seed; what a version before this one trained has none."""
-    paths = {method.name: [artifact.folder / CURVE for artifact in method.routers.values()] for method in methods}
-    return {
-        name: [read_curve(path) for path in of_seeds] for name, of_seeds in paths.items() if all(map(Path.exists, of_seeds))
-    }
 
 
 def _write_html(
@@ -135,7 +129,8 @@ def _write_html(
     examples = []
     if pruned:
         about, *others = [*routers, *(name for name in pruned if name not in routers)]
-        examples = choose_examples(evaluation.queries, evaluation.samples, about, others)
+        asked = [AskedQuery.of(query) for query in evaluation.queries]
+        examples = choose_examples(asked, evaluation.samples, about, others, run.slm.num_layers)
     write_run_report(
         folder / "report.html",
         str(run.config.name),
@@ -147,7 +142,6 @@ def _write_html(
         all_grids,
         [Picture(*said, folder / f"{name}.png") for name, said in _PICTURES.items() if (folder / f"{name}.png").exists()],
         examples,
-        run.slm.num_layers,
         machine,
         versions(),
         OmegaConf.to_yaml(config),

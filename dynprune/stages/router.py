@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,7 @@ from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
 from dynprune.evaluation.parts import RouterPart
-from dynprune.evaluation.run_results import write_parts
-from dynprune.evaluation.training_curves import METRICS
+from dynprune.evaluation.training_curves import METRICS, TrainingCurve, read_curve
 from dynprune.methods.base import RouterTraining
 from dynprune.router.budget import CountRule, likeliest
 from dynprune.router.checkpoint import ROUTER_FILES, load_router, save_router
@@ -36,6 +35,7 @@ from dynprune.router.router import Router
 from dynprune.slm.loading import is_another
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
+from dynprune.stages.part_report import report_parts
 from dynprune.stages.run import Run, content_digest, plain
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,27 @@ CURVE = f"curve/{METRICS}"
 def train_router(run: Run) -> None:
     """Trains the router of the run's method, and notes in the run's folder what that came to."""
     check_fit(run, run.config.method)
-    counts = router(run).manifest["counts"]
-    if run.store.rank == 0:
+    artifact = router(run)
+    if run.store.rank > 0:
+        return
+    counts = artifact.manifest["counts"]
+    if not counts:
         # A ready router was not trained here.
-        write_parts(run.folder, run.config.seed, {"router": RouterPart(**counts)} if counts else {})
+        report_parts(run, {})
+        return
+    report_parts(run, {"router": RouterPart(**counts)}, read_curves({run.config.method.name: [artifact]}))
+
+
+def read_curves(routers: Mapping[str, Sequence[Artifact]]) -> dict[str, list[TrainingCurve]]:
+    """How routers learned, by method; what a version before this one trained has no curve.
+
+    Args:
+        routers: By method, the router of each seed.
+    """
+    paths = {name: [artifact.folder / CURVE for artifact in of_seeds] for name, of_seeds in routers.items()}
+    return {
+        name: [read_curve(path) for path in of_seeds] for name, of_seeds in paths.items() if all(map(Path.exists, of_seeds))
+    }
 
 
 def router(run: Run, method: DictConfig | None = None, seed: int | None = None) -> Artifact:

@@ -1,0 +1,33 @@
+"""What a stage that is run alone leaves in the run's folder: what it came to, and a report of it."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+from dynprune.evaluation.comparison_output import write_figures
+from dynprune.evaluation.html_report import write_comparison_report
+from dynprune.evaluation.parts import Part
+from dynprune.evaluation.run_comparison import compare_runs
+from dynprune.evaluation.run_results import read_parts, write_parts
+from dynprune.evaluation.training_curves import TrainingCurve
+from dynprune.stages.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def report_parts(run: Run, parts: Mapping[str, Part], curves: Mapping[str, Sequence[TrainingCurve]] | None = None) -> None:
+    """Notes what a stage came to, and writes ``report.html`` and its figures where it came to something.
+
+    Args:
+        run: The run.
+        parts: By their names.
+        curves: How its router learned: by method, a curve for each seed.
+    """
+    write_parts(run.folder, run.config.seed, parts, curves)
+    if not parts:
+        return
+    comparison = compare_runs([read_parts(run.folder)])
+    pictures = write_figures(comparison, run.folder)
+    write_comparison_report(run.folder / "report.html", str(run.config.name), comparison, pictures)
+    for path in (*pictures, run.folder / "report.html"):
+        log.info("wrote %s", os.path.relpath(path))
