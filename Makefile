@@ -23,13 +23,13 @@ help:  ## Show this list
 setup: $(INSTALLED)  ## Create .venv and install all at the tested versions (PYTHON=python3.12 picks another Python)
 	@echo 'Ready. See: $(BIN)/dynprune --help'
 
-# No warning: the wheels of assets ask for releases that nothing here needs.
+# No warning: the wheels of assets ask for releases that nothing here needs. No isolation: what builds has the locked hash too.
 $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'dynprune needs Python 3.11 or newer, and "$(PYTHON)" is not; name one: make setup PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --require-hashes --no-deps -r requirements.lock
-	$(PIP) install --no-warn-conflicts -c constraints.txt -e '.[$(EXTRAS)]'
+	$(PIP) install --no-warn-conflicts --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 run: $(INSTALLED)  ## Run the whole pipeline on the embedded model, small enough for a laptop
@@ -66,10 +66,11 @@ bench: $(INSTALLED)  ## Time the hot paths against the plain way, in turns, in u
 lock:  ## Write constraints.txt and requirements.lock anew, with the newest releases that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	$(KEPT) > build/lock/kept.txt
+	build/lock/bin/pip install -U setuptools
 	build/lock/bin/pip install -c build/lock/kept.txt -e '.[$(EXTRAS)]'
 	build/lock/bin/pip install -c build/lock/kept.txt --no-deps $(ASSETS)
 	grep '^#' constraints.txt > build/lock/constraints.txt
-	build/lock/bin/pip freeze --exclude-editable | sed 's/+.*//' >> build/lock/constraints.txt
+	build/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//' >> build/lock/constraints.txt
 	build/lock/bin/pip install uv
 	grep '^#' requirements.lock > build/lock/requirements.lock
 	grep -v '^torch==' build/lock/constraints.txt | build/lock/bin/uv pip compile - --no-deps --generate-hashes --universal \
