@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from written_runs import write_run
 from dynprune.evaluation.comparison_output import render_comparison, write_comparison
 from dynprune.evaluation.parts import AdapterPart, ExplorationPart, RouterPart
 from dynprune.evaluation.run_comparison import compare_runs
-from dynprune.evaluation.run_results import failed, has_table_of, is_run, read_run, write_failure, write_parts
+from dynprune.evaluation.run_results import failed, has_table_of, is_run, read_run, seal_report, write_failure, write_parts
 from dynprune.stages.run import Run
 
 UNENDED = "it left nothing to compare: it has not ended, or was killed"
@@ -161,6 +163,25 @@ def test_a_broken_table_is_named(tmp_path):
     (tmp_path / "run/report/table.json").write_text('{"rows": []')
     with pytest.raises(ValueError, match=r"report/table.json is broken .* run it again"):
         read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["table.json", "samples/original.jsonl", "queries.jsonl", "parts.json"])
+def test_a_report_that_is_not_what_was_written_is_refused_and_made_anew(tmp_path, name):
+    report = tmp_path / "run/report"
+    write_run(tmp_path / "run", [], {"original": [1]}, num_layers=4)
+    write_parts(report, 0, {"adapters": AdapterPart((1.0,), (0.1,))})
+    seal_report(report)
+    config = json.loads((report / "table.json").read_text())["config"]
+    moved = shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    assert read_run(moved).rows
+    assert has_table_of(moved, config, {}, {"queries": "their hash"})
+    # A digit of a figure, which leaves the file readable.
+    text = (report / name).read_text()
+    place = re.search(r"[0-8]", text).start()
+    (report / name).write_text(f"{text[:place]}{int(text[place]) + 1}{text[place + 1 :]}")
+    with pytest.raises(ValueError, match=rf"{name} is not what was written.*rm -r {report}\) and run the same command again"):
+        read_run(tmp_path / "run")
+    assert not has_table_of(tmp_path / "run", config, {}, {"queries": "their hash"})
 
 
 def test_a_table_is_that_of_a_configuration_wherever_it_was_run(tmp_path):

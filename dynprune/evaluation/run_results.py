@@ -3,10 +3,11 @@
 A run's folder holds ``report/table.json``, ``report/samples/ROW.jsonl`` and ``report/queries.jsonl`` where it made a table, and
 ``failure.json`` where it is a job of a sweep that failed. What its parts came to, see `dynprune.evaluation.parts`, and how its
 routers learned stands in ``report/parts.json`` beside the table, or in ``parts.json`` where it made parts alone. Each says what
-was typed; of a killed run ``.hydra`` does.
+was typed; of a killed run ``.hydra`` does. ``report/manifest.json`` has the hashes of what is read back.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.cells import json_value
 from dynprune.evaluation.parts import PARTS, Part, read_part
 from dynprune.evaluation.training_curves import TrainingCurve
+from dynprune.manifests import MANIFEST, check_content, content_hashes, write_manifest
+
+log = logging.getLogger(__name__)
 
 TABLE = "report/table.json"
 RESOLVED = "config.yaml"
@@ -136,6 +140,22 @@ def write_queries(folder: Path, queries: Sequence[Query]) -> None:
         path.write_text("".join(json.dumps(asdict(AskedQuery.of(query))) + "\n" for query in queries), encoding="utf-8")
 
 
+def seal_report(report: Path) -> None:
+    """Notes the hashes of what is read back from a complete report."""
+    read_back = {name: found for name, found in content_hashes(report).items() if name.endswith((".json", ".jsonl"))}
+    write_manifest(report, {"files": read_back})
+
+
+def _check_report(report: Path) -> None:
+    """Checks that a report is what was written; that of an earlier version, which has no hashes, passes.
+
+    Raises:
+        ValueError: A file is missing, or differs.
+    """
+    if (report / MANIFEST).is_file():
+        check_content(report, (report / MANIFEST).stat().st_mtime_ns)
+
+
 def write_failure(folder: Path, error: BaseException, seed: int) -> None:
     """Notes in a run's folder why it ended without a table."""
     first_line = next(iter(str(error).strip().splitlines()), "")
@@ -170,6 +190,11 @@ def has_table_of(folder: Path, config: Mapping[str, Any], plugins: Mapping[str, 
     """
     if failed(folder) or not (folder / TABLE).is_file():
         return False
+    try:
+        _check_report((folder / TABLE).parent)
+    except ValueError as error:
+        log.warning("%s", error)
+        return False
     table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
     same_code_and_inputs = (table.get("plugins", {}), table.get("inputs", {})) == (plugins, inputs)
     return same_code_and_inputs and _what_matters(table["config"]) == _what_matters(json_value(config))
@@ -195,11 +220,13 @@ def read_run(folder: Path) -> RunResult:
     """Reads a run's folder.
 
     Raises:
-        ValueError: Its table, its samples or what it says of its parts is broken.
+        ValueError: Its table, its samples or what it says of its parts is broken, or not what was written.
     """
     for name in (_FAILURE, TABLE):
         if not (folder / name).is_file():
             continue
+        if name == TABLE:
+            _check_report((folder / TABLE).parent)
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             # Tables of earlier versions do not say what was typed.

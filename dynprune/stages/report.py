@@ -29,7 +29,7 @@ from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.layer_error import layer_error
 from dynprune.evaluation.machine import describe_machine, versions
 from dynprune.evaluation.parts import Part
-from dynprune.evaluation.run_results import AskedQuery, typed, write_parts, write_queries
+from dynprune.evaluation.run_results import AskedQuery, seal_report, typed, write_parts, write_queries
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
@@ -111,6 +111,7 @@ def report(run: Run) -> Path:
         training_curves(curves_of, new / "training_curves.png")
     _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
     write_parts(new, run.config.seed, parts, curves_of)
+    seal_report(new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     track_report(folder)
