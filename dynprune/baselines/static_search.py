@@ -22,6 +22,7 @@ def greedy_static_sets(
     nats_alone_L: Sequence[float],
     largest: int,
     candidates: int | None,
+    begun: tuple[int, ...] = (),
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Grows a static set layer by layer, by likelihood.
 
@@ -32,14 +33,16 @@ def greedy_static_sets(
         nats_alone_L: Negative log-likelihood of all answers with each of the L layers pruned alone, in nats: the first step.
         largest: Size of the largest set.
         candidates: After the first layer, only so many are tried, those that hurt least alone; ``None`` tries all.
+        begun: The set that an earlier search of the same came to, to go on from.
 
     Yields:
-        The best set of each size from 1 to ``largest`` with its mean negative log-likelihood, in nats a token.
+        The best set of each size up to ``largest``, larger than ``begun``, with its mean negative log-likelihood, in nats a
+        token.
 
     Raises:
         ValueError: If a set cannot have so many layers, there are too few candidates, or there are no samples.
     """
-    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, lambda ranked: ranked[0])
+    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, begun, lambda ranked: ranked[0])
 
 
 def accurate_static_sets(
@@ -51,6 +54,7 @@ def accurate_static_sets(
     largest: int,
     candidates: int | None,
     finalists: int,
+    begun: tuple[int, ...] = (),
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Grows a static set layer by layer, by accuracy among the sets that are likeliest.
 
@@ -66,9 +70,10 @@ def accurate_static_sets(
         candidates: See `greedy_static_sets`.
         finalists: At each step the accuracy decides between so many sets, those of the best likelihood; among the equally
             accurate the likelihood does.
+        begun: See `greedy_static_sets`.
 
     Yields:
-        The set of each size from 1 to ``largest`` with its accuracy, 0..1.
+        The set of each size up to ``largest``, larger than ``begun``, with its accuracy, 0..1.
 
     Raises:
         ValueError: See `greedy_static_sets`; or if there is no finalist.
@@ -84,7 +89,7 @@ def accurate_static_sets(
         best = right.index(max(right))
         return sets[best], right[best] / len(validation)
 
-    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, most_accurate)
+    return _grow(slm, pruner, samples, nats_alone_L, largest, candidates, begun, most_accurate)
 
 
 def check_candidates(candidates: int | None, largest: int) -> None:
@@ -107,6 +112,7 @@ def _grow(
     nats_alone_L: Sequence[float],
     largest: int,
     candidates: int | None,
+    begun: tuple[int, ...],
     choose: Callable[[list[_Found]], _Found],
 ) -> Iterator[_Found]:
     """Grows a set by what is chosen from the sets of a layer more, which come by likelihood, the best first."""
@@ -122,10 +128,12 @@ def _grow(
     tokens = sum(len(answer) + 1 for _, answer in samples)
     by_loss = sorted(range(slm.num_layers), key=lambda layer: nats_alone_L[layer])
     tried = by_loss[:candidates]
-    found = choose([((layer,), nats_alone_L[layer] / tokens) for layer in by_loss])
-    yield found
+    chosen = begun
+    if not chosen:
+        chosen, figure = choose([((layer,), nats_alone_L[layer] / tokens) for layer in by_loss])
+        yield chosen, figure
     batches = [AnswerBatch(slm, [samples[position] for position in positions]) for positions in similar_samples(slm, samples)]
-    while len(chosen := found[0]) < largest:
+    while len(chosen) < largest:
         losses = dict.fromkeys((layer for layer in tried if layer not in chosen), 0.0)
         for batch in batches:
             pruner.prune(chosen)
@@ -134,5 +142,5 @@ def _grow(
                 pruner.prune([*chosen, layer])
                 losses[layer] += float(batch.scores(slm, layer, inputs[layer]).nats_B.sum())
         ranked = sorted(losses, key=lambda layer: losses[layer])
-        found = choose([(tuple(sorted([*chosen, layer])), losses[layer] / tokens) for layer in ranked])
-        yield found
+        chosen, figure = choose([(tuple(sorted([*chosen, layer])), losses[layer] / tokens) for layer in ranked])
+        yield chosen, figure

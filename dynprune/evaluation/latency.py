@@ -87,13 +87,13 @@ def time_rows(
         tokens: How many tokens to generate for each query, at least 1.
         rows: By name, what chooses each row's configuration and generates.
         warmup: Queries that are run first without being counted.
-        seed: Seed of the order of turns.
+        seed: Seed of the order of turns, which a query's id makes its own: it is the same whichever were timed before.
 
     Yields:
         A timing for each query and row.
     """
-    rng = random.Random(seed)
     for position in [*range(min(warmup, len(queries))), *range(-len(queries), 0)]:
+        rng = random.Random(f"{seed} {queries[position].id}")
         timings = _time_query(slm, pruner, queries[position], prompts[position], tokens[position], rows, rng)
         if position < 0:
             yield from timings

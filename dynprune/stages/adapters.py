@@ -48,7 +48,7 @@ _HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
 _LAST_TARGETS = ("output", "final_norm")
 _ERRORS = "errors.json"
-_HARM = "harm.json"
+_HARM, _HARM_PART = "harm.json", "harm-{:05d}.json"
 
 
 def fit_adapters(run: Run) -> None:
@@ -297,19 +297,27 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
         samples, _ = split_answers(run, source)
         probes = random.Random(run.config.adapter.seed).sample(samples, min(count, len(samples)))
         configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
-        nats, tokens = [0.0] * len(configurations), 0
-        batches = len(similar_samples(run.slm, probes))
+        batches = similar_samples(run.slm, probes)
+        parts = [folder / _HARM_PART.format(number) for number in range(len(batches))]
         with pruner_of(run, stand_ins) as pruner:
-            scored = score_configurations(run.slm, pruner, probes, configurations)
-            for _, scores in track(scored, "measuring the harm of each layer", batches):
-                tokens += int(scores[0].tokens_B.sum())
-                nats = [total + float(score.nats_B.sum()) for total, score in zip(nats, scores, strict=True)]
-        full, *single = (total / tokens for total in nats)
+            for part, batch in track(zip(parts, batches, strict=True), "measuring the harm of each layer", len(batches)):
+                if part.exists():
+                    continue
+                [(_, scores)] = score_configurations(run.slm, pruner, [probes[position] for position in batch], configurations)
+                sums = {"tokens": int(scores[0].tokens_B.sum()), "nats": [float(score.nats_B.sum()) for score in scores]}
+                with replacing(part) as path:
+                    path.write_text(json.dumps(sums), encoding="utf-8")
+        measured = [json.loads(part.read_text(encoding="utf-8")) for part in parts]
+        tokens = sum(sums["tokens"] for sums in measured)
+        full, *single = (sum(nats) / tokens for nats in zip(*(sums["nats"] for sums in measured), strict=True))
         with replacing(folder / _HARM) as path:
             path.write_text(json.dumps([value - full for value in single]), encoding="utf-8")
+        # What is left is the same, however often it was stopped.
+        for part in parts:
+            part.unlink()
         return {"samples": len(probes)}
 
-    return run.store.get_or_build("harm", HARM_VERSION, config, {}, upstream, build, resumable=False)
+    return run.store.get_or_build("harm", HARM_VERSION, config, {}, upstream, build, resumable=True)
 
 
 def accumulation(key: str, settings: DictConfig) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dynprune.stages.run import Run, digest, plain
 from dynprune.stages.samples import Answers, run_rows
 
 VERSION = 2
+_TIMED = "timings-{:05d}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -155,23 +157,30 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
     upstream = upstream_of(adapters_artifact)
 
     def build(folder: Path) -> dict[str, Any]:
-        prompts = [run.tokens(query)[0] for query in timed]
+        parts = [folder / _TIMED.format(number) for number in range(len(timed))]
+        left = [number for number, part in enumerate(parts) if not part.exists()]
         with pruner_of(run, adapters_artifact) as pruner:
             results = time_rows(
                 run.slm,
                 pruner,
-                timed,
-                prompts,
-                tokens,
+                [timed[number] for number in left],
+                [run.tokens(timed[number])[0] for number in left],
+                [tokens[number] for number in left],
                 {row.name: timed_row(row) for row in rows},
                 settings.warmup,
                 run.config.seed,
             )
-            timings = list(track(results, "timing the rows in turns", len(timed) * len(rows)))
+            tracked = track(results, "timing the rows in turns", len(left) * len(rows))
+            for number in left:
+                of_query = "".join(json.dumps(asdict(timing)) + "\n" for timing in islice(tracked, len(rows)))
+                with replacing(parts[number]) as path:
+                    path.write_text(of_query, encoding="utf-8")
         with replacing(folder / "timings.jsonl") as path:
-            path.write_text("".join(json.dumps(asdict(t)) + "\n" for t in timings), encoding="utf-8")
+            path.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
+        for part in parts:
+            part.unlink()
         return {"queries": len(timed), "rows": len(rows)}
 
-    artifact = run.store.get_or_build("latency", VERSION, config, digest(timed), upstream, build, resumable=False)
+    artifact = run.store.get_or_build("latency", VERSION, config, digest(timed), upstream, build, resumable=True)
     lines = (artifact.folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()
     return [Timing(**json.loads(line)) for line in lines]

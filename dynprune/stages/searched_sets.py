@@ -28,6 +28,8 @@ from dynprune.stages.sizes import sizes_of
 
 VERSION = 1
 _LOSSES = "losses-*.json"
+# A set, and the figure that it was chosen by.
+_Found = tuple[tuple[int, ...], float]
 SEARCHED = ("static_accuracy", "nearest_centroid", "pudding")
 """The baselines that search sets among ``evaluation.static_candidates`` layers, as the rows of ``evaluation.static`` do."""
 
@@ -37,8 +39,8 @@ def static_sets(run: Run) -> Artifact:
     """Searches the static sets up to the largest size that the table asks for."""
     largest = max(run.config.evaluation.static)
 
-    def search(pruner: LayerPruner, queries: Sequence[Query]) -> Iterator[tuple[tuple[int, ...], float]]:
-        return _greedy(run, pruner, queries, largest)
+    def search(pruner: LayerPruner, queries: Sequence[Query], begun: tuple[int, ...]) -> Iterator[_Found]:
+        return _greedy(run, pruner, queries, largest, begun)
 
     return _searched(run, "static", largest, "nats_per_token", search, {}, None)
 
@@ -50,7 +52,7 @@ def accurate_sets(run: Run) -> Artifact:
     validation = run.queries("validation", own.max_queries, "evaluation.baselines.static_accuracy.max_queries")
     largest = max(own.sizes)
 
-    def search(pruner: LayerPruner, queries: Sequence[Query]) -> Iterator[tuple[tuple[int, ...], float]]:
+    def search(pruner: LayerPruner, queries: Sequence[Query], begun: tuple[int, ...]) -> Iterator[_Found]:
         return accurate_static_sets(
             run.slm,
             pruner,
@@ -60,6 +62,7 @@ def accurate_sets(run: Run) -> Artifact:
             largest,
             run.config.evaluation.static_candidates,
             own.finalists,
+            begun,
         )
 
     return _searched(run, "static_accuracy", largest, "accuracy", search, {"finalists": own.finalists}, validation)
@@ -134,7 +137,7 @@ def _searched(
     stage: str,
     largest: int,
     figure: str,
-    search: Callable[[LayerPruner, Sequence[Query]], Iterator[tuple[tuple[int, ...], float]]],
+    search: Callable[[LayerPruner, Sequence[Query], tuple[int, ...]], Iterator[_Found]],
     own: Mapping[str, Any],
     validation: Sequence[Query] | None,
 ) -> Artifact:
@@ -145,7 +148,7 @@ def _searched(
         stage: The artifact's stage.
         largest: Size of the largest set.
         figure: Name of the figure.
-        search: Yields the sets, from the pruner and queries of the train split.
+        search: Yields the sets, from the pruner, queries of the train split and the set to go on from.
         own: What of the search's settings is its own.
         validation: Queries that it reads beside those of the train split.
     """
@@ -154,21 +157,26 @@ def _searched(
     def build(folder: Path) -> dict[str, Any]:
         # Not inside: a pruner has the SLM for itself.
         _alone(run)
+        target = folder / "sets.json"
+        sets = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+        begun = tuple(sets[str(len(sets))]["layers"]) if sets else ()
         with pruner_of(run, adapters(run)) as pruner:
-            found = search(pruner, queries)
             what = "searching static sets" if validation is None else "searching static sets by accuracy"
-            sets = {str(len(layers)): {"layers": list(layers), figure: value} for layers, value in track(found, what, largest)}
-        with replacing(folder / "sets.json") as path:
-            path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
+            for layers, value in track(search(pruner, queries, begun), what, largest - len(begun)):
+                sets[str(len(layers))] = {"layers": list(layers), figure: value}
+                with replacing(target) as path:
+                    path.write_text(json.dumps(sets, indent=2), encoding="utf-8")
         counts = {} if validation is None else {"validation_queries": len(validation)}
         return {"sets": len(sets), "queries": len(queries), **counts}
 
     data = digest(queries) if validation is None else {"train": digest(queries), "validation": digest(validation)}
     config = {**_search_config(run, largest), **own}
-    return run.store.get_or_build(stage, VERSION, config, data, upstream_of(adapters(run)), build, resumable=False)
+    return run.store.get_or_build(stage, VERSION, config, data, upstream_of(adapters(run)), build, resumable=True)
 
 
-def _greedy(run: Run, pruner: LayerPruner, queries: Sequence[Query], largest: int) -> Iterator[tuple[tuple[int, ...], float]]:
+def _greedy(
+    run: Run, pruner: LayerPruner, queries: Sequence[Query], largest: int, begun: tuple[int, ...] = ()
+) -> Iterator[_Found]:
     return greedy_static_sets(
         run.slm,
         pruner,
@@ -176,6 +184,7 @@ def _greedy(run: Run, pruner: LayerPruner, queries: Sequence[Query], largest: in
         _nats_alone(run, queries),
         largest,
         run.config.evaluation.static_candidates,
+        begun,
     )
 
 
