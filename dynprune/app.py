@@ -140,8 +140,6 @@ def run_stage(config: DictConfig, multirun: bool) -> None:
 
 def _show(config: DictConfig) -> None:
     """Prints the configuration as a tree and keeps it, resolved, in the run's folder."""
-    from dynprune.evaluation.run_results import RESOLVED
-
     text = OmegaConf.to_yaml(config, resolve=True)
     tree = Tree("configuration", guide_style="dim")
     for key in config:
@@ -151,5 +149,5 @@ def _show(config: DictConfig) -> None:
         branch.add(Syntax(shown.rstrip(), "yaml", background_color="default"))
     rich.print(tree)
 
-    with replacing(Path(config.paths.run) / RESOLVED) as path:
+    with replacing(Path(config.paths.run) / "config.yaml") as path:
         path.write_text(text, encoding="utf-8")

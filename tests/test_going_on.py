@@ -9,6 +9,7 @@ from tiny import composed
 
 import dynprune.stages.adapters as adapters_stage
 import dynprune.stages.evaluate as evaluate_stage
+import dynprune.stages.samples as samples_stage
 import dynprune.stages.searched_sets as searched_sets
 from dynprune.atomic import replacing
 from dynprune.stages.adapters import adapters, harm
@@ -17,7 +18,7 @@ from dynprune.stages.run import Run
 
 BASELINES = "evaluation.baselines.static_accuracy={sizes:[1,2,3],finalists:2,max_queries:3}"
 STAGES = {
-    "harm": (adapters_stage, lambda run: harm(run, adapters(run)), "harm-*.json", "harm.json"),
+    "harm": (adapters_stage, lambda run: harm(run, adapters(run)), "harm*.json", "harm.json"),
     "static": (searched_sets, searched_sets.static_sets, "sets.json", "sets.json"),
     "static_accuracy": (searched_sets, searched_sets.accurate_sets, "sets.json", "sets.json"),
 }
@@ -84,9 +85,9 @@ def test_what_is_measured_is_kept(tmp_path, monkeypatch, stopped, name):
 
 
 def test_queries_that_are_timed_are_timed_once(tmp_path, stopped):
-    typed = ["evaluation.static=[1]", "evaluation.routers={}", "evaluation.pruned_layers=[1]", "evaluation.latency.queries=3"]
-    stops = stopped(evaluate_stage, "timings-*.jsonl")
-    assert until_done(lambda: evaluate(run_of(tmp_path, *typed))) == 3
+    typed = ["evaluation.pruned_layers=[1]", "evaluation.latency.queries=3"]
+    stops = stopped(evaluate_stage, "timings*.jsonl")
+    assert until_done(lambda: evaluate(run_of(tmp_path, *typed))) == 4
     assert set(stops.values()) == {1}
     [path] = (tmp_path / "artifacts/latency").glob("*/timings.jsonl")
     timed = Counter((line["id"], line["row"]) for line in map(json.loads, path.read_text().splitlines()))
@@ -94,3 +95,14 @@ def test_queries_that_are_timed_are_timed_once(tmp_path, stopped):
     assert {row for _, row in timed} == {"original", "fixed-1"}
     assert set(timed.values()) == {1}
     assert len(timed) == 6
+
+
+def test_what_a_lossless_row_has_said_is_kept(tmp_path, stopped):
+    typed = ["evaluation.pruned_layers=[1]", "evaluation.latency.queries=0", "+base@evaluation.lossless.lookup=lossless"]
+    whole = evaluate(run_of(tmp_path / "whole", *typed)).samples["lossless-lookup"]
+    stops = stopped(samples_stage, "evaluate/*/samples-*.jsonl")
+    again = run_of(tmp_path / "stopped", *typed)
+    assert until_done(lambda: evaluate(again)) == 3
+    assert set(stops.values()) == {1}
+    assert evaluate(again).samples["lossless-lookup"] == whole
+    assert not list((tmp_path / "stopped/artifacts/evaluate").glob("*/samples-*.jsonl"))

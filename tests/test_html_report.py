@@ -8,7 +8,7 @@ from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.cells import Grid
 from dynprune.evaluation.figures import layer_counts
-from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
+from dynprune.evaluation.html_report import choose_examples, write_run_report
 from dynprune.evaluation.run_results import AskedQuery
 
 EVIL = "<script>alert('gotcha')</script><img src=x onerror=alert(1)> \ud800"
@@ -36,7 +36,7 @@ def report(tmp_path):
             Grid("Accuracy", ", 95% intervals.", ["Row", "AST match, %"], [["router-dpo", "43.0 [33.7, 52.8]"], [EVIL, "–"]]),
             Grid("Time", ".", ["Row", "Seconds"], [["original", "1.2"]]),
         ],
-        [Picture("How many layers are pruned", "Shares of queries", tmp_path / "layer_counts.png")],
+        [tmp_path / "layer_counts.png"],
         choose_examples([query(0, EVIL)], samples, "router-dpo", [], 6),
         {"cpu": EVIL},
         {"torch": "2"},

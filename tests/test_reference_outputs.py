@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pyarrow.parquet
 import pytest
 import torch
@@ -71,8 +72,16 @@ def content(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".json" and path.name not in ("manifest.json", "adapter_config.json"):
             found[name] = short(json.loads(path.read_text()))
         elif path.suffix == ".safetensors":
-            found[name] = {key: [float(tensor.norm()), turned(tensor)] for key, tensor in load_file(path).items()}
+            found[name] = tensors(load_file(path))
+        elif path.suffix == ".npz":
+            found[name] = tensors({key: torch.from_numpy(array) for key, array in numpy.load(path).items()})
+    assert found, f"nothing in {folder} is compared"
     return found
+
+
+def tensors(of: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Of each tensor its norm and its direction."""
+    return {key: [float(tensor.double().norm()), turned(tensor)] for key, tensor in of.items()}
 
 
 def turned(tensor: torch.Tensor) -> float:

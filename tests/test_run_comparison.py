@@ -129,7 +129,7 @@ def test_a_failed_run_says_why_in_every_file(tmp_path, monkeypatch):
     assert not is_run(listed)
     comparison = compare_runs([good, read_run(bad), read_run(killed)])
     written = {path.name: path for path in write_comparison(comparison, tmp_path / "out")}
-    assert set(written) == {"comparison.json", "comparison.csv", "comparison.md", "comparison.png"}
+    assert set(written) == {"comparison.json", "comparison.csv", "comparison.md", "comparison.png", "layer_counts.png"}
     document = json.loads(written["comparison.json"].read_text())
     assert [(f["setting"], f["seed"], f["reason"]) for f in document["failed"]] == [
         ("method=orpo", "2", "router.k_max=99 is not possible"),

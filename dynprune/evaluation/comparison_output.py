@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from dynprune.atomic import replacing
 from dynprune.evaluation.accuracy import RIGHT_BY
 from dynprune.evaluation.cells import ABSENT, Grid, cell, json_value, number, p_value, stacked
 from dynprune.evaluation.comparisons import Comparison
-from dynprune.evaluation.figures import accuracy_speedup, layer_counts, layers_pruned
+from dynprune.evaluation.figures import accuracy_speedup, layer_counts, layers_pruned, pruning_frequency
 from dynprune.evaluation.layer_error import layer_errors_compared
 from dynprune.evaluation.part_grids import layer_error_grid, part_grids, shown_setting
 from dynprune.evaluation.parts import PartEntry
@@ -29,6 +28,10 @@ from dynprune.evaluation.training_curves import training_curves
 
 # Of many settings each is compared with each: a terminal shows the surest differences, the files all.
 _MOST_DIFFERENCES = 12
+
+
+FIGURES = ("comparison.png", "layer_errors.png", "layers_pruned.png", "layer_counts.png", "training_curves.png")
+"""What `write_figures` may write."""
 
 
 def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
@@ -62,14 +65,15 @@ def write_figures(comparison: RunComparison, folder: Path) -> list[Path]:
         errors = {shown_setting(entry.setting): entry.mean for entry in comparison.adapters}
         layer_errors_compared(errors, folder / "layer_errors.png")
         written.append(folder / "layer_errors.png")
-    pruning = [entry for entry in comparison.entries if entry.prunes]
+    depths = {entry.num_layers for entry in comparison.entries if entry.prunes and entry.num_layers is not None}
     # SLMs of different depth have no layers in common.
-    depths = {entry.num_layers for entry in pruning}
-    if len(depths) == 1 and (num_layers := depths.pop()) is not None:
-        layers_pruned({entry.name: _frequency(entry, num_layers) for entry in pruning}, folder / "layers_pruned.png")
+    if len(depths) == 1:
+        num_layers = depths.pop()
+        drawn = [entry for entry in comparison.entries if entry.prunes and entry.num_layers == num_layers]
+        shares = {entry.name: pruning_frequency(_pruned(entry), num_layers) for entry in drawn}
+        layers_pruned(shares, folder / "layers_pruned.png")
         written.append(folder / "layers_pruned.png")
-    if choosing := [entry for entry in pruning if len(_pruned(entry)) > 1]:
-        counts = {entry.name: [len(layers) for layers in _pruned(entry).elements()] for entry in choosing}
+    if counts := {entry.name: list(map(len, _pruned(entry))) for entry in comparison.entries if entry.chooses}:
         layer_counts(counts, folder / "layer_counts.png")
         written.append(folder / "layer_counts.png")
     if comparison.curves:
@@ -78,15 +82,9 @@ def write_figures(comparison: RunComparison, folder: Path) -> list[Path]:
     return written
 
 
-def _pruned(entry: Entry) -> Counter[tuple[int, ...]]:
-    """How often an entry prunes each set of layers, over queries and seeds."""
-    return Counter(layers for said_N in entry.said_SN for _, layers, _ in said_N)
-
-
-def _frequency(entry: Entry, num_layers: int) -> list[float]:
-    """The share of queries and seeds for which each layer is pruned."""
-    pruned = _pruned(entry)
-    return [sum(n for layers, n in pruned.items() if layer in layers) / pruned.total() for layer in range(num_layers)]
+def _pruned(entry: Entry) -> list[tuple[int, ...]]:
+    """The layers that an entry prunes, for each seed and query."""
+    return [layers for said_N in entry.said_SN for _, layers, _ in said_N]
 
 
 def render_comparison(comparison: RunComparison) -> Group:

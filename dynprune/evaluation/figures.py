@@ -6,6 +6,8 @@ Each has a function that builds the matplotlib `Figure` and one that builds and 
 Axis suffixes: L = layers, P = points of a curve, X = cells of a strip.
 """
 
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -38,6 +40,9 @@ from dynprune.evaluation.style import (
     write_title,
 )
 from dynprune.evaluation.table import TableRow, count_label, score_label, score_scale
+
+# Letters of a line beside a strip: two fifths of the figure's width.
+_LONGEST_LABEL = 40
 
 
 def build_accuracy_speedup(rows: Sequence[TableRow], score: str = "ast_match") -> Figure:
@@ -166,6 +171,17 @@ def build_layers_pruned(frequency: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def pruning_frequency(configurations: Sequence[Sequence[int]], num_layers: int) -> list[float]:
+    """The share of configurations in which each of the L layers is pruned.
+
+    Args:
+        configurations: The pruned layers, one entry a query; at least one.
+        num_layers: L.
+    """
+    pruned = Counter(layer for layers in configurations for layer in set(layers))
+    return [pruned[layer] / len(configurations) for layer in range(num_layers)]
+
+
 def layers_pruned(frequency: Mapping[str, Sequence[float]], path: Path) -> None:
     """Writes the figure of `build_layers_pruned` to `path`."""
     save(build_layers_pruned(frequency), path)
@@ -200,9 +216,12 @@ def layer_counts(counts: Mapping[str, Sequence[int]], path: Path) -> None:
 def _draw_strips(shares: Mapping[str, npt.ArrayLike], means: Mapping[str, float], x_label: str) -> Figure:
     """One strip a row, one cell a value, darker for a larger share; beside the strip its mean."""
     cells = len(np.asarray(next(iter(shares.values()))))
-    height = 0.36 * len(shares) + 1.35
+    # The row of a comparison has its setting in its name, which may be long.
+    labels = {name: textwrap.fill(name, _LONGEST_LABEL) for name in shares}
+    strip_height = 0.18 + 0.18 * max(1 + label.count("\n") for label in labels.values())
+    height = strip_height * len(shares) + 1.35
     figure, ax = canvas(height, right=0.925, bottom=0.55 / height, top=1 - 0.8 / height)
-    longest = max(text_size(figure, name, 9.5)[0] for name in shares)
+    longest = max(text_size(figure, label, 9.5)[0] for label in labels.values())
     figure.subplots_adjust(left=0.045 + longest / figure.bbox.width)
     for position, (name, share_X) in enumerate(shares.items()):
         shades = LinearSegmentedColormap.from_list(name, ["#f1f1f1", row_color(name)])
@@ -211,7 +230,7 @@ def _draw_strips(shares: Mapping[str, npt.ArrayLike], means: Mapping[str, float]
         mesh = ax.pcolormesh(edges, [position - 0.4, position + 0.4], strip, cmap=shades, vmin=0, vmax=1, ec="white", lw=1.2)
         mesh.set_gid(name)
         name_style = {"ha": "right", "color": row_color(name), "weight": "bold"}
-        _write_beside(ax, (0, position), -8, name, name_style)
+        _write_beside(ax, (0, position), -8, labels[name], name_style)
         _write_beside(ax, (1, position), 8, f"{means[name]:.1f}", {"color": INK})
         if cells <= 32:
             _write_shares(ax, strip[0], position, shades)

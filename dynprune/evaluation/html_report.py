@@ -4,8 +4,9 @@ The templates are in ``templates/``; they escape whatever models, queries and co
 """
 
 import base64
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from dynprune.evaluation.run_results import AskedQuery
 _EXAMPLES_OF_A_KIND = 3
 _EXAMPLES_OF_A_COMPARISON = 9
 _ANSWERS_OF_AN_EXAMPLE = 6
-# By file, the heading of a comparison's figure and what it shows.
-_COMPARED = {
+# By file, the heading of a figure and what it shows.
+_PICTURES = {
+    "accuracy_speedup": ("AST match against speedup", "AST match against measured speedup; of a router, its first seed"),
     "comparison": ("AST match against speedup", "AST match of each setting against its speedup"),
+    "budget_curve": ("AST match at each budget", "AST match of each method against its nominal and its measured speedup"),
+    "layer_error": ("Error of each layer's adapter", "Reconstruction error of each layer's adapter"),
     "layer_errors": ("Error of each layer's adapter", "Reconstruction error of each layer's adapter under each setting"),
     "layer_counts": ("How many layers are pruned", "For each row, the share of queries with each number of pruned layers"),
     "layers_pruned": ("Which layers are pruned", "For each row, the share of queries for which each layer is pruned"),
@@ -39,14 +43,20 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        title: Its heading.
-        alt: What it shows, for those who do not see it.
         path: Its PNG.
     """
 
-    title: str
-    alt: str
     path: Path
+
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        return _PICTURES[self.path.stem][0]
+
+    @property
+    def alt(self) -> str:
+        """What it shows, for those who do not see it."""
+        return _PICTURES[self.path.stem][1]
 
     @property
     def id(self) -> str:
@@ -136,7 +146,7 @@ def choose_examples(
 
 def contrasting_examples(comparison: RunComparison) -> list[Example]:
     """Picks the queries on which the settings of a comparison differ most; of each setting its first seed is shown."""
-    known = [entry for entry in comparison.entries if entry.num_layers is not None and entry.ids[0] in comparison.asked]
+    known = [entry for entry in comparison.entries if entry.num_layers is not None]
     # Settings of the same queries alone stand side by side: those of the most.
     of_queries: dict[tuple[str, ...], list[Entry]] = {}
     for entry in known:
@@ -144,16 +154,14 @@ def contrasting_examples(comparison: RunComparison) -> list[Example]:
     if not of_queries:
         return []
     ids, together = max(of_queries.items(), key=lambda item: len(item[1]))
-    # What is the same under all settings, and a router's further budgets, say least of how they differ.
-    first = sorted(together, key=lambda entry: (entry.row != "original", entry.shared, "@" in entry.row))
-    shown = first[:_ANSWERS_OF_AN_EXAMPLE]
+    shown = sorted(together, key=_importance(together))[:_ANSWERS_OF_AN_EXAMPLE]
     right_NE = [[entry.correct_SN[0][place] == 1 for entry in shown] for place in range(len(ids))]
 
-    def agreement(place: int) -> tuple[int, int]:
+    def unanimity(place: int) -> tuple[int, int]:
         of_settings = [right for entry, right in zip(shown, right_NE[place], strict=True) if not entry.shared]
         return abs(2 * sum(of_settings) - len(of_settings)), abs(2 * sum(right_NE[place]) - len(shown))
 
-    undecided_first = sorted(range(len(ids)), key=agreement)
+    undecided_first = sorted((place for place, id in enumerate(ids) if id in comparison.asked), key=unanimity)
     return [
         Example(
             f"{sum(right_NE[place])} of {len(shown)} right",
@@ -162,6 +170,19 @@ def contrasting_examples(comparison: RunComparison) -> list[Example]:
         )
         for place in undecided_first[:_EXAMPLES_OF_A_COMPARISON]
     ]
+
+
+def _importance(entries: Sequence[Entry]) -> Callable[[Entry], tuple[Any, ...]]:
+    """A key that puts first what says how settings differ: each role under all of them, the routers' before the others'."""
+    roles = list(dict.fromkeys(entry.role for entry in entries))
+
+    def key(entry: Entry) -> tuple[Any, ...]:
+        shared_original = entry.shared and entry.row == "original"
+        unpruned = entry.row == "original"
+        router = entry.role.startswith("router")
+        return not shared_original, entry.shared, unpruned, not router, "@" in entry.role, roles.index(entry.role)
+
+    return key
 
 
 def _first_answer(entry: Entry, place: int) -> Answer:
@@ -176,7 +197,7 @@ def write_run_report(
     title: str,
     facts: Sequence[str],
     grids: Sequence[Grid],
-    pictures: Sequence[Picture],
+    pictures: Sequence[Path],
     examples: Sequence[Example],
     machine: Mapping[str, Any],
     versions: Mapping[str, Any],
@@ -201,7 +222,7 @@ def write_run_report(
         title=title,
         facts=facts,
         grids=grids,
-        figures=pictures,
+        figures=[Picture(path) for path in pictures],
         examples=examples,
         example_row=examples[0].answers[1].row if examples else "",
         machine=f"Machine: {listed(machine)}.",
@@ -229,7 +250,7 @@ def write_comparison_report(path: Path, title: str, comparison: RunComparison, p
         title=title,
         facts=facts,
         grids=comparison_grids(comparison),
-        figures=[Picture(*_COMPARED[picture.stem], picture) for picture in pictures],
+        figures=[Picture(path) for path in pictures],
         examples=contrasting_examples(comparison),
         machine=machines_sentence(comparison),
         versions=[listed(versions) for versions in comparison.versions],
@@ -237,9 +258,9 @@ def write_comparison_report(path: Path, title: str, comparison: RunComparison, p
             "Runs",
             " and what was typed for them.",
             ["Folder", "Seed", "Typed"],
-            [[str(folder), seed, typed] for folder, seed, typed in comparison.origins],
+            [[os.path.relpath(folder), seed, typed] for folder, seed, typed in comparison.origins],
         ),
-        configured=configured,
+        configured=os.path.relpath(configured) if comparison.configured else "",
         config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else "",
     )
 

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 
@@ -86,13 +87,15 @@ def time_rows(
         prompts: Their prompts, tokenised.
         tokens: How many tokens to generate for each query, at least 1.
         rows: By name, what chooses each row's configuration and generates.
-        warmup: Queries that are run first without being counted.
+        warmup: How many queries are run first without being counted.
         seed: Seed of the order of turns, which a query's id makes its own: it is the same whichever were timed before.
 
     Yields:
         A timing for each query and row.
     """
-    for position in [*range(min(warmup, len(queries))), *range(-len(queries), 0)]:
+    # Where few are left, some warm up several times.
+    first = islice(cycle(range(len(queries))), warmup)
+    for position in [*first, *range(-len(queries), 0)]:
         rng = random.Random(f"{seed} {queries[position].id}")
         timings = _time_query(slm, pruner, queries[position], prompts[position], tokens[position], rows, rng)
         if position < 0:

@@ -9,7 +9,7 @@ Axis suffixes: S = seeds, N = queries.
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ class Entry:
         """Whether it prunes layers, not to draft only."""
         return self.row != "original" and not self.row.startswith("lossless")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether it may prune other layers for other queries."""
+        several = any(len({layers for _, layers, _ in said_N}) > 1 for said_N in self.said_SN)
+        return self.prunes and (several or _is_router(self.row))
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -105,7 +111,7 @@ class RunComparison:
         explorations: The same of what was explored.
         routers: Routers that were trained alone, the best order of held-out pairs first.
         curves: How routers learned, a curve for each seed: by method, with its setting where there are several.
-        asked: The queries, by their ids.
+        asked: The queries, by their ids; none that runs have other queries under.
         origins: Of each run its folder, its seed and what was typed.
         configured: Folder and configuration of the first run whose configuration is known.
         versions: Releases of packages that tables were made with, each once.
@@ -154,25 +160,36 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
         _differing(named, ExplorationPart),
         sorted(_differing(named, RouterPart), key=lambda entry: -entry.mean.preference_accuracy),
         _curves(named),
-        {id: asked for _, run in done for id, asked in run.asked.items()},
-        [(run.folder, run.seed, " ".join(f"{key}={value}" for key, value in run.overrides.items())) for run in runs],
+        _asked(run for _, run in done),
+        [(run.folder, run.seed, " ".join(run.typed)) for run in runs],
         next(((run.folder, run.config) for run in runs if run.config), None),
         [versions for place, versions in enumerate(all_versions) if versions and versions not in all_versions[:place]],
     )
 
 
 def _curves(named: Sequence[tuple[str, RunResult]]) -> dict[str, list[TrainingCurve]]:
-    """How the routers of each setting learned."""
-    settings_of: dict[str, dict[str, None]] = {}
-    for setting, run in named:
-        for method in run.curves:
-            settings_of.setdefault(method, {})[setting] = None
-    found: dict[str, list[TrainingCurve]] = {}
+    """How the routers of each setting learned; jobs that share a router, which no setting concerns, show it once."""
+    learned: dict[str, dict[str, list[TrainingCurve]]] = {}
     for setting, run in named:
         for method, of_seeds in run.curves.items():
-            name = method if len(settings_of[method]) == 1 else f"{method} {setting}".rstrip()
-            found.setdefault(name, []).extend(of_seeds)
-    return found
+            by_setting = learned.setdefault(method, {})
+            known = list(itertools.chain.from_iterable(by_setting.values()))
+            if new := [curve for curve in of_seeds if curve not in known]:
+                by_setting.setdefault(setting, []).extend(new)
+    return {
+        method if len(by_setting) == 1 else f"{method} {setting}".rstrip(): of_seeds
+        for method, by_setting in learned.items()
+        for setting, of_seeds in by_setting.items()
+    }
+
+
+def _asked(runs: Iterable[RunResult]) -> dict[str, AskedQuery]:
+    """What each id stands for, where it stands for one query in all runs."""
+    found: dict[str, set[AskedQuery]] = {}
+    for run in runs:
+        for id, asked in run.asked.items():
+            found.setdefault(id, set()).add(asked)
+    return {id: next(iter(queries)) for id, queries in found.items() if len(queries) == 1}
 
 
 def _differing(named: Sequence[tuple[str, RunResult]], kind: type[P]) -> list[PartEntry[P]]:
@@ -231,8 +248,9 @@ def _entries(done: Sequence[tuple[str, RunResult]]) -> list[Entry]:
     entries = []
     for name, by_setting in members.items():
         if by_setting.keys() == settings and _is_shared(list(by_setting.values())):
-            # The one with the most seeds; every setting timed it, and its times stand for all.
-            entries.append(_entry("", True, max(by_setting.values(), key=len), name))
+            # The one with the most seeds, and of these one that says most; every setting timed it, and its times stand for all.
+            most = max(by_setting.values(), key=lambda found: (len(found), found[0][0].num_layers is not None))
+            entries.append(_entry("", True, most, name))
             continue
         for setting, found in by_setting.items():
             # A row of one setting alone says by its name which setting it is of.
@@ -297,7 +315,7 @@ def _entry(setting: str, shared: bool, members: Sequence[tuple[RunResult, RowRes
         rows[0].ids,
         correct_SN,
         tuple(result.said for result in rows),
-        members[0][0].num_layers,
+        next((run.num_layers for run, _ in members if run.num_layers is not None), None),
         table_row,
         tuple(dict.fromkeys(run.folder for run, _ in members)),
     )

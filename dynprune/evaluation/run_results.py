@@ -16,19 +16,17 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
-from dynprune.atomic import replacing
+from dynprune.atomic import replacing, sha256
 from dynprune.data.tasks import Query
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.cells import json_value
 from dynprune.evaluation.parts import PARTS, Part, read_part
 from dynprune.evaluation.training_curves import TrainingCurve
-from dynprune.manifests import MANIFEST, check_content, content_hashes, write_manifest
+from dynprune.manifests import MANIFEST, check_content, write_manifest
 
 log = logging.getLogger(__name__)
 
 TABLE = "report/table.json"
-RESOLVED = "config.yaml"
-"""The configuration of the run that was last started in a folder."""
 _FAILURE = "failure.json"
 _PARTS = "parts.json"
 _QUERIES = "queries.jsonl"
@@ -87,7 +85,7 @@ class RunResult:
 
     Attributes:
         folder: Its folder.
-        overrides: What was typed, by key.
+        typed: What was typed.
         seed: Its seed.
         rows: The rows of its table; none where it failed, or made parts alone.
         machine: The machine of the table; empty where there is none.
@@ -101,7 +99,7 @@ class RunResult:
     """
 
     folder: Path
-    overrides: Mapping[str, str]
+    typed: tuple[str, ...]
     seed: str
     rows: Sequence[RowResult] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +111,12 @@ class RunResult:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def overrides(self) -> dict[str, str]:
+        """What was typed, by key."""
+        pairs = (line.partition("=") for line in self.typed)
+        return {key.lstrip("+"): value for key, _, value in pairs}
+
 
 def typed() -> list[str]:
     """What was typed for the job that Hydra runs at this moment; nothing where it runs none."""
@@ -120,7 +124,11 @@ def typed() -> list[str]:
 
 
 def write_parts(
-    folder: Path, seed: int, parts: Mapping[str, Part], curves: Mapping[str, Sequence[TrainingCurve]] | None = None
+    folder: Path,
+    seed: int,
+    parts: Mapping[str, Part],
+    curves: Mapping[str, Sequence[TrainingCurve]] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Notes what a run's parts came to.
 
@@ -129,9 +137,15 @@ def write_parts(
         seed: The run's seed.
         parts: By their names.
         curves: How its routers learned: by method, a curve for each seed.
+        config: The run's configuration, where no table beside it says.
     """
-    learned = {name: [asdict(curve) for curve in of_seeds] for name, of_seeds in (curves or {}).items()}
-    _note(folder / _PARTS, {"parts": {name: asdict(part) for name, part in parts.items()}, "curves": learned, "seed": seed})
+    note = {
+        "parts": {name: asdict(part) for name, part in parts.items()},
+        "curves": {name: [asdict(curve) for curve in of_seeds] for name, of_seeds in (curves or {}).items()},
+        "seed": seed,
+        "config": config or {},
+    }
+    _note(folder / _PARTS, note)
 
 
 def write_queries(folder: Path, queries: Sequence[Query]) -> None:
@@ -142,8 +156,8 @@ def write_queries(folder: Path, queries: Sequence[Query]) -> None:
 
 def seal_report(report: Path) -> None:
     """Notes the hashes of what is read back from a complete report."""
-    read_back = {name: found for name, found in content_hashes(report).items() if name.endswith((".json", ".jsonl"))}
-    write_manifest(report, {"files": read_back})
+    read_back = [path for path in sorted(report.rglob("*.json*")) if path != report / MANIFEST]
+    write_manifest(report, {"files": {path.relative_to(report).as_posix(): sha256(path) for path in read_back}})
 
 
 def _check_report(report: Path) -> None:
@@ -192,8 +206,8 @@ def has_table_of(folder: Path, config: Mapping[str, Any], plugins: Mapping[str, 
         return False
     try:
         _check_report((folder / TABLE).parent)
-    except ValueError as error:
-        log.warning("%s", error)
+    except ValueError:
+        log.warning("the report in %s is not what was written, so it is made anew", folder)
         return False
     table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
     same_code_and_inputs = (table.get("plugins", {}), table.get("inputs", {})) == (plugins, inputs)
@@ -230,12 +244,12 @@ def read_run(folder: Path) -> RunResult:
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             # Tables of earlier versions do not say what was typed.
-            overrides = _by_key(found.get("overrides", []))
+            lines = tuple(map(str, found.get("overrides", [])))
             if name == _FAILURE:
-                return RunResult(folder, overrides, str(found["seed"]), failure=found["error"])
+                return RunResult(folder, lines, str(found["seed"]), failure=found["error"])
             run = RunResult(
                 folder,
-                overrides,
+                lines,
                 str(found["config"]["seed"]),
                 _rows(folder, found),
                 found["machine"],
@@ -254,10 +268,8 @@ def read_run(folder: Path) -> RunResult:
     if (folder / _PARTS).is_file():
         return read_parts(folder)
     config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
-    overrides = _by_key(yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or [])
-    return RunResult(
-        folder, overrides, str(config["seed"]), failure="it left nothing to compare: it has not ended, or was killed"
-    )
+    lines = tuple(map(str, yaml.safe_load((folder / _OVERRIDES).read_text(encoding="utf-8")) or []))
+    return RunResult(folder, lines, str(config["seed"]), failure="it left nothing to compare: it has not ended, or was killed")
 
 
 def read_parts(folder: Path) -> RunResult:
@@ -270,12 +282,12 @@ def read_parts(folder: Path) -> RunResult:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         parts = {name: read_part(name, note["parts"][name]) for name in PARTS if name in note["parts"]}
-        # Notes of earlier versions do not say how routers learned.
+        # Notes of earlier versions say less.
         learned = note.get("curves", {}).items()
         curves = {name: [TrainingCurve(**curve) for curve in of_seeds] for name, of_seeds in learned}
-        config = folder / RESOLVED
-        said = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        return RunResult(folder, _by_key(note["overrides"]), str(note["seed"]), parts=parts, curves=curves, config=said)
+        return RunResult(
+            folder, tuple(note["overrides"]), str(note["seed"]), parts=parts, curves=curves, config=note.get("config", {})
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise _broken(path, error) from error
 
@@ -288,11 +300,6 @@ def _read_asked(path: Path) -> dict[str, AskedQuery]:
 
 def _broken(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is broken ({type(error).__name__}: {error}); run it again")
-
-
-def _by_key(overrides: Sequence[str]) -> dict[str, str]:
-    pairs = (str(line).partition("=") for line in overrides)
-    return {key.lstrip("+"): value for key, _, value in pairs}
 
 
 def _rows(folder: Path, table: Mapping[str, Any]) -> list[RowResult]:

@@ -2,18 +2,23 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dynprune.evaluation.style import DPI, GREY, INK, WIDTH, finish_axes, row_color, save, write_title
 
 METRICS = "metrics.csv"
+# Letters of a line over a panel.
+_LONGEST_TITLE = 30
 _TRAINING, _VALIDATION, _ORDER = "train/loss", "validation/loss", "validation/rewards/accuracies"
 
 
@@ -77,21 +82,24 @@ def build_training_curves(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figu
     panels = len(curves) + 1
     columns = min(3, panels)
     lines = math.ceil(panels / columns)
-    height = 1.35 + 2.1 * lines
+    # In a comparison a method's setting is in its name.
+    titles = {name: textwrap.fill(f"{name}: loss", _LONGEST_TITLE) for name in curves}
+    title_lines = max(1 + title.count("\n") for title in titles.values())
+    height = 1.2 + (1.95 + 0.15 * title_lines) * lines
     figure = Figure(figsize=(WIDTH, height), dpi=DPI / 2, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    figure.subplots_adjust(left=0.06, right=0.975, bottom=0.55 / height, top=1 - 0.95 / height, hspace=0.6, wspace=0.3)
+    figure.subplots_adjust(left=0.06, right=0.975, bottom=0.55 / height, top=1 - (0.8 + 0.15 * title_lines) / height)
+    figure.subplots_adjust(hspace=0.5 + 0.1 * title_lines, wspace=0.3)
     for ax in axes[panels:]:
         ax.remove()
     *losses, order = axes[:panels]
-    for ax, (method, seeds) in zip(losses, curves.items(), strict=True):
-        color = row_color(f"router-{method}")
+    for ax, (method, seeds), color in zip(losses, curves.items(), _colors(list(curves)), strict=True):
         for curve in seeds:
             ax.plot(curve.epochs, curve.training_loss, color=color, lw=1.2, alpha=0.6, ls=(0, (3, 2)))
             ax.plot(curve.epochs, curve.validation_loss, color=color, lw=1.5)
             order.plot(curve.epochs, [100 * share for share in curve.preference_accuracy], color=color, lw=1.5, alpha=0.8)
-        ax.set_title(f"{method}: loss", loc="left", fontsize=9.5, color=color, weight="bold")
+        ax.set_title(titles[method], loc="left", fontsize=9.5, color=color, weight="bold")
     order.axhline(50, color=GREY, lw=0.9, ls=(0, (2, 2)), zorder=1)
     order.set_title("Held-out pairs in order, %", loc="left", fontsize=9.5, color=INK, weight="bold")
     for ax in axes[:panels]:
@@ -99,6 +107,15 @@ def build_training_curves(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figu
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     write_title(figure, "How the routers learned", "Dashed: on the train split. Solid: on held-out queries. One line a seed.")
     return figure
+
+
+def _colors(methods: Sequence[str]) -> list[str]:
+    """Those of the methods' rows; where some would have the same, as settings of one method do, others by their places."""
+    own = [row_color(f"router-{method}") for method in methods]
+    if len(set(own)) == len(own):
+        return own
+    shades = matplotlib.colormaps["turbo"]
+    return [to_hex(shades(0.05 + 0.9 * place / (len(methods) - 1))) for place in range(len(methods))]
 
 
 def training_curves(curves: Mapping[str, Sequence[TrainingCurve]], path: Path) -> None:

@@ -27,7 +27,7 @@ from dynprune.adapters.distillation import Distillation
 from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing
+from dynprune.atomic import next_number, replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.evaluation.parts import AdapterPart
@@ -48,7 +48,8 @@ _HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
 _LAST_TARGETS = ("output", "final_norm")
 _ERRORS = "errors.json"
-_HARM, _HARM_PART = "harm.json", "harm-{:05d}.json"
+_HARM = "harm.json"
+_HARM_PARTS, _HARM_PART = "harm-*.json", "harm-{:05d}.json"
 
 
 def fit_adapters(run: Run) -> None:
@@ -296,28 +297,39 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
     def build(folder: Path) -> dict[str, Any]:
         samples, _ = split_answers(run, source)
         probes = random.Random(run.config.adapter.seed).sample(samples, min(count, len(samples)))
-        configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
-        batches = similar_samples(run.slm, probes)
-        parts = [folder / _HARM_PART.format(number) for number in range(len(batches))]
-        with pruner_of(run, stand_ins) as pruner:
-            for part, batch in track(zip(parts, batches, strict=True), "measuring the harm of each layer", len(batches)):
-                if part.exists():
-                    continue
-                [(_, scores)] = score_configurations(run.slm, pruner, [probes[position] for position in batch], configurations)
-                sums = {"tokens": int(scores[0].tokens_B.sum()), "nats": [float(score.nats_B.sum()) for score in scores]}
-                with replacing(part) as path:
-                    path.write_text(json.dumps(sums), encoding="utf-8")
-        measured = [json.loads(part.read_text(encoding="utf-8")) for part in parts]
-        tokens = sum(sums["tokens"] for sums in measured)
-        full, *single = (sum(nats) / tokens for nats in zip(*(sums["nats"] for sums in measured), strict=True))
-        with replacing(folder / _HARM) as path:
-            path.write_text(json.dumps([value - full for value in single]), encoding="utf-8")
+        if not (folder / _HARM).exists():
+            measured = _probe(run, folder, probes, stand_ins)
+            tokens = sum(tokens for tokens, _ in measured)
+            full, *single = (sum(nats) / tokens for nats in zip(*(nats for _, nats in measured), strict=True))
+            with replacing(folder / _HARM) as path:
+                path.write_text(json.dumps([value - full for value in single]), encoding="utf-8")
         # What is left is the same, however often it was stopped.
-        for part in parts:
+        for part in folder.glob(_HARM_PARTS):
             part.unlink()
         return {"samples": len(probes)}
 
     return run.store.get_or_build("harm", HARM_VERSION, config, {}, upstream, build, resumable=True)
+
+
+def _probe(run: Run, folder: Path, probes: Sequence[Answered], stand_ins: Artifact | None) -> list[tuple[int, list[float]]]:
+    """Of each probe the tokens of its answer, and its nats unpruned and with each layer pruned alone; it can be stopped."""
+    configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
+    measured: dict[int, tuple[int, list[float]]] = {}
+    for part in folder.glob(_HARM_PARTS):
+        measured |= {position: (tokens, nats) for position, tokens, nats in json.loads(part.read_text(encoding="utf-8"))}
+    left = [position for position in range(len(probes)) if position not in measured]
+    samples = [probes[position] for position in left]
+    with pruner_of(run, stand_ins) as pruner:
+        scored = score_configurations(run.slm, pruner, samples, configurations)
+        batches = len(similar_samples(run.slm, samples))
+        for places, scores in track(scored, "measuring the harm of each layer", batches):
+            positions, tokens_B = [left[place] for place in places], scores[0].tokens_B.tolist()
+            nats_BC = torch.stack([score.nats_B for score in scores], dim=1).tolist()
+            some = list(zip(positions, tokens_B, nats_BC, strict=True))
+            with replacing(folder / _HARM_PART.format(next_number(folder, _HARM_PARTS))) as path:
+                path.write_text(json.dumps(some), encoding="utf-8")
+            measured |= {position: (tokens, nats) for position, tokens, nats in some}
+    return [measured[position] for position in range(len(probes))]
 
 
 def accumulation(key: str, settings: DictConfig) -> int:

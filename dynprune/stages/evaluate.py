@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +156,9 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
     upstream = upstream_of(adapters_artifact)
 
     def build(folder: Path) -> dict[str, Any]:
+        target = folder / "timings.jsonl"
         parts = [folder / _TIMED.format(number) for number in range(len(timed))]
-        left = [number for number, part in enumerate(parts) if not part.exists()]
+        left = [number for number, part in enumerate(parts) if not part.exists() and not target.exists()]
         with pruner_of(run, adapters_artifact) as pruner:
             results = time_rows(
                 run.slm,
@@ -170,15 +170,18 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
                 settings.warmup,
                 run.config.seed,
             )
-            tracked = track(results, "timing the rows in turns", len(left) * len(rows))
-            for number in left:
-                of_query = "".join(json.dumps(asdict(timing)) + "\n" for timing in islice(tracked, len(rows)))
-                with replacing(parts[number]) as path:
-                    path.write_text(of_query, encoding="utf-8")
-        with replacing(folder / "timings.jsonl") as path:
-            path.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
+            lines: list[str] = []
+            for timing in track(results, "timing the rows in turns", len(left) * len(rows)):
+                lines.append(json.dumps(asdict(timing)) + "\n")
+                if len(lines) == len(rows):
+                    with replacing(parts[left.pop(0)]) as path:
+                        path.write_text("".join(lines), encoding="utf-8")
+                    lines = []
+        if not target.exists():
+            with replacing(target) as path:
+                path.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
         for part in parts:
-            part.unlink()
+            part.unlink(missing_ok=True)
         return {"queries": len(timed), "rows": len(rows)}
 
     artifact = run.store.get_or_build("latency", VERSION, config, digest(timed), upstream, build, resumable=True)

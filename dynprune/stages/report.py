@@ -22,9 +22,10 @@ from dynprune.evaluation.figures import (
     budget_curve,
     layer_counts,
     layers_pruned,
+    pruning_frequency,
 )
 from dynprune.evaluation.headline import write_headline
-from dynprune.evaluation.html_report import Picture, choose_examples, write_run_report
+from dynprune.evaluation.html_report import choose_examples, write_run_report
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.layer_error import layer_error
 from dynprune.evaluation.machine import describe_machine, versions
@@ -47,15 +48,8 @@ from dynprune.tracking import track_report
 log = logging.getLogger(__name__)
 # Layers by which a static set may differ from a router and still be of its size.
 _SAME_SIZE = 0.5
-# By file, the heading of a figure in report.html and what it shows.
-_PICTURES = {
-    "accuracy_speedup": ("AST match against speedup", "AST match against measured speedup; of a router, its first seed"),
-    "budget_curve": ("AST match at each budget", "AST match of each method against its nominal and its measured speedup"),
-    "layer_counts": ("How many layers are pruned", "For each row, the share of queries with each number of pruned layers"),
-    "layers_pruned": ("Which layers are pruned", "For each row, the share of queries for which each layer is pruned"),
-    "layer_error": ("Error of each layer's adapter", "Reconstruction error of each layer's adapter"),
-    "training_curves": ("How the routers learned", "Losses and order of held-out pairs of each router, epoch by epoch"),
-}
+# The figures of report.html, in their order there.
+_PICTURES = ("accuracy_speedup", "budget_curve", "layer_counts", "layers_pruned", "layer_error", "training_curves")
 
 
 def report(run: Run) -> Path:
@@ -92,9 +86,11 @@ def report(run: Run) -> Path:
         budget_curve(list(curves.values()), rows[0].scores[RIGHT_BY], new / "budget_curve.png")
     if run.config.evaluation.headline:
         write_headline(headline_of(run, evaluation, rows, curves), new / "figures.json")
-    pruned = {row.name: _frequency(run, evaluation, row.name) for row in evaluation.rows if _is_pruned(row)}
+    pruned = [row.name for row in evaluation.rows if _is_pruned(row)]
     if pruned:
-        layers_pruned(pruned, new / "layers_pruned.png")
+        layers_of = {name: [sample.pruned_layers for sample in evaluation.samples[name]] for name in pruned}
+        frequencies = {name: pruning_frequency(layers, run.slm.num_layers) for name, layers in layers_of.items()}
+        layers_pruned(frequencies, new / "layers_pruned.png")
     artifact = adapters(run)
     parts: dict[str, Part] = {}
     if artifact is not None:
@@ -141,7 +137,7 @@ def _write_html(
             datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         ],
         all_grids,
-        [Picture(*said, folder / f"{name}.png") for name, said in _PICTURES.items() if (folder / f"{name}.png").exists()],
+        [path for path in (folder / f"{name}.png" for name in _PICTURES) if path.exists()],
         examples,
         machine,
         versions(),
@@ -232,8 +228,3 @@ def _by_name(evaluation: Evaluation) -> dict[str, list[list[float]]]:
         correct = [sample.scores[RIGHT_BY] for sample in evaluation.samples[row.name]]
         found.setdefault(row.over_seeds, []).append(correct)
     return found
-
-
-def _frequency(run: Run, evaluation: Evaluation, name: str) -> list[float]:
-    samples = evaluation.samples[name]
-    return [sum(layer in sample.pruned_layers for sample in samples) / len(samples) for layer in range(run.slm.num_layers)]

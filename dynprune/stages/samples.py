@@ -118,15 +118,18 @@ def _read_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
     """The samples of a row, from its artifact, which is made where it is missing."""
 
     def build(folder: Path) -> dict[str, Any]:
-        samples = _answered(row, answers) if row.drafting is None else list(_run_lossless(run, row, answers))
+        samples = _answered(row, answers) if row.drafting is None else _run_lossless(run, row, answers, folder)
         write_samples(samples, folder / "samples.jsonl")
         means = mean_scores()
         means.update([sample.output for sample in samples], answers.queries)
         scores = {name: float(mean) for name, mean in means.compute().items()}
+        # What is left is the same, however often it was stopped.
+        for part in folder.glob(_PARTS):
+            part.unlink()
         return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples), **scores}
 
     identity = _identity(run, row, answers.queries)
-    samples = _read_samples(run.store.get_or_build(**identity, build=build, resumable=False).folder / "samples.jsonl")
+    samples = _read_samples(run.store.get_or_build(**identity, build=build, resumable=True).folder / "samples.jsonl")
     for query, sample in zip(answers.queries, samples, strict=True):
         _show(run, row, query, sample, answers)
     if row.drafting is None:
@@ -139,16 +142,23 @@ def _answered(row: Row, answers: Answers) -> list[Sample]:
     return [answers.known[query.id, configuration] for query, configuration in chosen]
 
 
-def _run_lossless(run: Run, row: Row, answers: Answers) -> Iterator[Sample]:
+def _run_lossless(run: Run, row: Row, answers: Answers, folder: Path) -> list[Sample]:
+    """Generates what a lossless row says; it goes on where it was stopped."""
     assert row.drafting is not None
-    configurations = answers.configurations(row)
+    said = {sample.id: sample for sample in _read_parts(folder)}
+    chosen = zip(answers.queries, answers.configurations(row), strict=True)
+    left = [(query, configuration) for query, configuration in chosen if query.id not in said]
+    queries, configurations = [query for query, _ in left], [configuration for _, configuration in left]
     limit = run.max_new_tokens(answers.queries)
+    first = next_number(folder, _PARTS)
     with pruner_of(run, adapters(run)) as pruner:
-        results = run_lossless(run.slm, pruner, answers.queries, configurations, limit, row.drafting)
-        tracked = track(results, f"evaluating {row.name}", len(answers.queries))
-        for query, sample in zip(answers.queries, tracked, strict=True):
+        results = run_lossless(run.slm, pruner, queries, configurations, limit, row.drafting)
+        tracked = track(results, f"evaluating {row.name}", len(left))
+        for number, (query, sample) in enumerate(zip(queries, tracked, strict=True), start=first):
+            write_samples([sample], folder / _PART.format(number))
             _show(run, row, query, sample, answers)
-            yield sample
+            said[sample.id] = sample
+    return [said[query.id] for query in answers.queries]
 
 
 def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
