@@ -1,9 +1,10 @@
 """The whole pipeline on a tiny model, killed, cut short, corrupted, starved: it ends as an undisturbed run does.
 
 Each trial forks a process that runs it. Kills (SIGKILL, SIGTERM, Ctrl-C) come at random moments of every stage, up to three in
-a trial, and then it is run to its end. Other faults must be recovered from, or be said in one sentence that names the place;
-once the sentence's advice is followed, the run ends like the others. Compared are rollouts, pairs, adapters, routers, sets and
-answers.
+a trial, and then it is run to its end; the same where adapters learn by gradient and where the SLM's delta is trained. What
+writes a checkpoint each half minute does so five times a second here. Other faults must be recovered from, or be said in one
+sentence that names the place; once the sentence's advice is followed, the run ends like the others. Compared are rollouts,
+pairs, adapters, deltas, routers, sets and answers.
 """
 
 import os
@@ -13,6 +14,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +22,24 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from dynprune.stages.checkpoints import StepCheckpoints
 from trust.damage import others
-from trust.pipeline import Interval, content, difference, finish, intervals, start, wait, wait_for_the_first
+from trust.pipeline import (
+    ADAPT,
+    LOCAL,
+    WHOLE,
+    Interval,
+    content,
+    difference,
+    finish,
+    intervals,
+    start,
+    wait,
+    wait_for_the_first,
+)
 
-KILLS = 54
+# By what is run: how many kills.
+KILLS = {WHOLE: 54, LOCAL: 6, ADAPT: 9}
 _KILLS_A_TRIAL = 3
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _PROCESSES = 2
@@ -55,20 +71,12 @@ def run() -> dict[str, Any]:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="dynprune-faults-") as scratch:
         root = Path(scratch)
-        whole = root / "whole"
-        assert finish(whole).code == 0, "an undisturbed run must end"
-        expected, stages = content(whole), intervals(whole)
-        trials = [
-            (root / f"kill-{number}", stages[number % len(stages)], _SIGNALS[number % len(_SIGNALS)], number)
-            for number in range(KILLS // _KILLS_A_TRIAL)
-        ]
+        for number, (command, kills) in enumerate(KILLS.items()):
+            assert finish(root / f"whole-{number}", command=command).code == 0, "an undisturbed run must end"
+            _kill_often(command, kills, root / f"whole-{number}", found)
+        whole = root / "whole-0"
+        expected = content(whole)
         with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("fork")) as pool:
-            outcomes = pool.map(partial(_killed, stages, expected), trials)
-            for (folder, *_), (kills, struck, wrong) in zip(trials, outcomes, strict=True):
-                found.injected["kill"] += kills
-                found.survived["kill"] += 0 if wrong else kills
-                found.struck += struck
-                found.failures += [f"{folder.name}: {wrong}"] * bool(wrong)
             count = len(list(others(root, whole, expected)))
             for kind, wrong in pool.map(partial(_tried, root, whole, expected), range(count)):
                 if wrong is None:
@@ -85,8 +93,31 @@ def run() -> dict[str, Any]:
     }
 
 
+def _kill_often(command: Sequence[str], kills: int, whole: Path, found: Found) -> None:
+    """Kills a command in all of its stages, each trial beside the folder of an undisturbed run."""
+    expected, stages = content(whole), intervals(whole)
+    trials = [
+        (whole.with_name(f"{whole.name}-kill-{number}"), stages[number % len(stages)], _SIGNALS[number % len(_SIGNALS)], number)
+        for number in range(kills // _KILLS_A_TRIAL)
+    ]
+    with ProcessPoolExecutor(_PROCESSES, mp_context=get_context("fork")) as pool:
+        outcomes = pool.map(partial(_killed, command, stages, expected), trials)
+        for (folder, *_), (struck_times, struck, wrong) in zip(trials, outcomes, strict=True):
+            found.injected["kill"] += struck_times
+            found.survived["kill"] += 0 if wrong else struck_times
+            found.struck += struck
+            found.failures += [f"{folder.name}: {wrong}"] * bool(wrong)
+
+
+def _write_checkpoints_often() -> None:
+    StepCheckpoints.seconds = 0.2
+
+
 def _killed(
-    stages: list[Interval], expected: dict[str, Any], trial: tuple[Path, Interval, signal.Signals, int]
+    command: Sequence[str],
+    stages: list[Interval],
+    expected: dict[str, Any],
+    trial: tuple[Path, Interval, signal.Signals, int],
 ) -> tuple[int, Counter[str], str]:
     """One trial: kills, of which the first one aims at a stage, and then a run to the end.
 
@@ -98,7 +129,7 @@ def _killed(
     whole = max(end for _, _, end in stages)
     kills, struck = 0, Counter[str]()
     for attempt in range(_KILLS_A_TRIAL):
-        pid = start(folder)
+        pid = start(folder, command=command, before=_write_checkpoints_often)
         # From the first artifact on, as the intervals are.
         after = rng.uniform(begun, done) if attempt == 0 else rng.uniform(0, 0.8 * whole)
         wait_for_the_first(folder, pid)
@@ -111,7 +142,7 @@ def _killed(
         wait(pid)
         kills += 1
         struck.update(now or {"between stages"})
-    ended = finish(folder)
+    ended = finish(folder, command=command, before=_write_checkpoints_often)
     if ended.code != 0:
         return kills, struck, f"after {kills} kills it ended with {ended.code}: {ended.sentence[-300:]}"
     wrong = difference(content(folder), expected)

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny model in a process of its own, and what it made."""
+"""The whole pipeline on a tiny model in a process of its own, or one of the trainings beside it, and what it made."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,20 @@ from dynprune.data.rollouts import read_likelihoods, read_rollouts
 from dynprune.stages.pairs import PAIRS
 
 _LONGEST = 240
-_RUN = (
+WHOLE = (
     *("experiment=tiny", "adapter=context", "adapter.bottleneck=16", "adapter.context.epochs=2", "adapter.draw.max_layers=2"),
     *("evaluation.latency.queries=1", "evaluation.latency.warmup=0", "exploration.estimate_all=true", "paths.run=outputs/run"),
 )
+LOCAL = (
+    *("experiment=tiny", "stage=adapters", "adapter=bottleneck", "adapter.bottleneck=16", "adapter.epochs=12"),
+    "paths.run=outputs/run",
+)
+"""Adapters that learn by gradient, each alone."""
+ADAPT = (
+    *("experiment=tiny", "stage=adapt", "data.source.max_chars=600", "adapt.rank=2", "adapt.alpha=4", "adapt.epochs=2"),
+    *("adapt.families=24", "evaluation.max_queries=4", "paths.run=outputs/run"),
+)
+"""The SLM's own delta."""
 # Not compared: clocks, and what is kept for going on alone.
 _UNEQUAL = ("latency", "generate")
 
@@ -47,8 +57,8 @@ class Ended:
     sentence: str = ""
 
 
-def start(folder: Path, *overrides: str, before: Callable[[], None] | None = None) -> int:
-    """Forks a process that runs the pipeline in a folder, as its own; returns its number."""
+def start(folder: Path, *overrides: str, command: Sequence[str] = WHOLE, before: Callable[[], None] | None = None) -> int:
+    """Forks a process that runs a command in a folder, as its own; returns its number."""
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     pid = os.fork()
@@ -65,7 +75,7 @@ def start(folder: Path, *overrides: str, before: Callable[[], None] | None = Non
         Path("outputs/run").mkdir(parents=True, exist_ok=True)
         if before is not None:
             before()
-        run_stage(composed(*_RUN, *overrides), multirun=False)
+        run_stage(composed(*command, *overrides), multirun=False)
         code = 0
     except KeyboardInterrupt:
         code = 130
@@ -100,13 +110,13 @@ def wait(pid: int) -> Ended:
     return Ended(-signal.SIGKILL, f"it hung for {_LONGEST} s")
 
 
-def finish(folder: Path, *overrides: str, before: Callable[[], None] | None = None) -> Ended:
-    return wait(start(folder, *overrides, before=before))
+def finish(folder: Path, *overrides: str, command: Sequence[str] = WHOLE, before: Callable[[], None] | None = None) -> Ended:
+    return wait(start(folder, *overrides, command=command, before=before))
 
 
 def typed(folder: Path) -> Ended:
     """Runs the same as the command that is typed."""
-    words = [word for word in _RUN if not word.startswith("paths.run=")]
+    words = [word for word in WHOLE if not word.startswith("paths.run=")]
     command = [sys.executable, "-m", "dynprune", *words, "hydra.run.dir=outputs/run"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_LONGEST, check=False)
     return Ended(result.returncode, result.stdout + result.stderr)
