@@ -1,10 +1,10 @@
 """Every stage twice with one seed, and once with another number of threads.
 
-The runs are processes of their own, one after another in an empty folder of the same name, which checkpoints mention: the whole
-pipeline with all that is searched for its table, adapters that learn by gradient, those that learn together, and the SLM's delta.
-Two runs alike must leave the same files, byte for byte, in every artifact; what is measured alone may differ: what manifests and
-the delta's card say of time and memory, and the timing of the table. With two threads instead of one the rollouts must be the
-same, byte for byte.
+The runs are processes of their own, one after another in an empty folder of the same name, which checkpoints mention: the
+whole pipeline with all that is searched for its table, adapters that learn by gradient, those that learn together, and the
+SLM's delta. Two runs alike must leave the same files, byte for byte, in every artifact; what is measured alone may differ:
+what manifests and the delta's card say of time and memory, and the timing of the table. With two threads instead of one the
+rollouts must be the same, byte for byte.
 """
 
 import json
