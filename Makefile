@@ -15,7 +15,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-oldest test-all trust lint types bench lock clean
+.PHONY: help setup run test test-stages test-oldest test-all trust lint types bench lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,10 @@ run: $(INSTALLED)  ## Run the whole pipeline on the embedded model, small enough
 	$(BIN)/dynprune experiment=quickstart
 
 test: $(INSTALLED)  ## Run the fast tests
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not stages'
+
+test-stages: $(INSTALLED)  ## Run the tests that run stages of a tiny model again and again, in a minute
+	$(PYTEST) -m 'stages and not slow'
 
 test-oldest: BIN := build/oldest/bin
 test-oldest:  ## Run the fast tests with the oldest releases that pyproject.toml allows, in an environment of their own

@@ -17,6 +17,8 @@ from dynprune.stages.baselines import baseline_rows, oracle_rows
 from dynprune.stages.report import report
 from dynprune.stages.run import Run
 
+pytestmark = pytest.mark.stages
+
 CHOICES = [
     "evaluation.baselines.library={max_queries:9,groups:3}",
     "evaluation.baselines.nearest_centroid={sizes:[2],clusters:2}",

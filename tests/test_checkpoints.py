@@ -76,7 +76,9 @@ def run_of(name: str, folder: Path) -> Run:
 
 
 # Both go the same way; one of them will do where minutes count.
-@pytest.mark.parametrize("name", ["context", pytest.param("adapt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("context", marks=pytest.mark.stages), pytest.param("adapt", marks=pytest.mark.slow)]
+)
 def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkeypatch, name):
     training, stage, weights, _ = TRAININGS[name]
     monkeypatch.setattr(StepCheckpoints, "seconds", 0.0)

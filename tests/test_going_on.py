@@ -16,6 +16,8 @@ from dynprune.stages.adapters import adapters, harm
 from dynprune.stages.evaluate import evaluate
 from dynprune.stages.run import Run
 
+pytestmark = pytest.mark.stages
+
 BASELINES = "evaluation.baselines.static_accuracy={sizes:[1,2,3],finalists:2,max_queries:3}"
 STAGES = {
     "harm": (adapters_stage, lambda run: harm(run, adapters(run)), "harm*.json", "harm.json"),

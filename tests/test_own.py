@@ -56,6 +56,7 @@ def test_every_file_is_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
 
 
+@pytest.mark.stages
 def test_a_score_of_ones_own_is_searched_by_and_stands_in_the_table(folder):
     run_own(folder, "score", "plugins=[short_answer]", "exploration.score=short_answer", "evaluation.latency.queries=0")
     [explored] = {m["config"]["score"] for m in manifests(folder, "explore")}

@@ -123,6 +123,7 @@ def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
     return outputs(tmp_path_factory.mktemp("reference"))
 
 
+@pytest.mark.stages
 def test_every_stage_makes_what_it_made_when_its_version_was_raised(found):
     stored = json.loads(STORED.read_text())
     assert stored.keys() == found.keys()

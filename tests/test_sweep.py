@@ -10,6 +10,8 @@ from tiny import dynprune, manifests, run_tiny
 from dynprune.evaluation.run_results import write_failure
 from dynprune.sweep import CompareJobs
 
+pytestmark = pytest.mark.stages
+
 SWEEP = ("-m", "experiment=tiny", "evaluation.latency.queries=0", "evaluation.max_queries=4", "method=dpo,orpo")
 
 
