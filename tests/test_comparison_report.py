@@ -172,6 +172,7 @@ def test_routers_that_no_setting_concerns_are_shown_once(tmp_path):
     assert compare_runs([read_run(place) for place in sorted(tmp_path.iterdir())]).curves == {"dpo": [CURVE]}
 
 
+@pytest.mark.stages
 def test_stages_that_are_run_alone_leave_a_report(tmp_path):
     place = tmp_path / "outputs/alone"
     for stage, heading, figures in (

@@ -97,6 +97,7 @@ def test_the_artifacts_are_in_the_thesis_columns_and_in_both_adapter_forms(tiny)
     assert all((p.winner_score, len(p.winner_pruned_layers)) > (p.loser_score, len(p.loser_pruned_layers)) for p in pairs)
 
 
+@pytest.mark.stages
 def test_adapters_in_closed_form_are_trained_in_context_from_the_same_answers(tiny, run_here):
     folder, _ = tiny
     options = ("adapter=context", "adapter.bottleneck=16", "adapter.draw.max_layers=3", "adapter.context.epochs=2")
