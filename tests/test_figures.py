@@ -403,6 +403,14 @@ def test_training_curves_have_a_panel_for_each_method_and_one_for_the_order():
     assert to_hex(dpo.lines[0].get_color()) == to_hex(row_color("router-dpo@0.1"))
 
 
+def test_settings_of_one_method_have_colours_of_their_own():
+    curve = TrainingCurve([0, 1], [2.0, 1.0], [2.5, 1.5], [0.5, 0.75])
+    figure = build_training_curves({f"dpo lr={rate}": [curve] for rate in range(8)})
+    *_, order = figure.axes
+    lines = [line for line in order.lines if len(line.get_xdata()) == 2 and line.get_alpha() == 0.8]
+    assert len({line.get_color() for line in lines}) == 8
+
+
 def test_training_curves_need_a_router():
     with pytest.raises(ValueError, match="at least one router"):
         build_training_curves({})
