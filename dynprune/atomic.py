@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 NOTES = "written.txt"
@@ -70,16 +71,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def next_number(folder: Path, pattern: str) -> int:
-    """The number for one more of the numbered files in a folder: one above the largest, since some may have been removed.
-
-    Args:
-        folder: The folder.
-        pattern: Their names, such as ``part-*.json``; a number stands between the last hyphen and the suffix.
-    """
-    return 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob(pattern)), default=-1)
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
@@ -113,6 +104,37 @@ def replacing(path: Path, appended: bool = False) -> Iterator[Path]:
             _note(path, temporary)
         os.replace(temporary, path)
     flush(path.parent)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a stage has made so far, piece by piece in numbered files, for the attempt after this one.
+
+    Attributes:
+        folder: The folder.
+        stem: What the files' names begin with; a hyphen and the number follow.
+        suffix: What they end with.
+    """
+
+    folder: Path
+    stem: str
+    suffix: str = ".json"
+
+    def read(self) -> Iterator[str]:
+        """Gives the pieces' texts, in the order in which they were added."""
+        for path in sorted(self.folder.glob(f"{self.stem}-*{self.suffix}")):
+            yield path.read_text(encoding="utf-8")
+
+    def add(self, text: str) -> None:
+        """Writes one more piece, under a number above the largest, since some may have been removed."""
+        numbers = (int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"{self.stem}-*{self.suffix}"))
+        with replacing(self.folder / f"{self.stem}-{1 + max(numbers, default=-1):05d}{self.suffix}") as path:
+            path.write_text(text, encoding="utf-8")
+
+    def remove(self) -> None:
+        """Takes them away once the whole is there, so that what is left is the same, however often it was stopped."""
+        for path in self.folder.glob(f"{self.stem}-*{self.suffix}"):
+            path.unlink()
 
 
 def _note(path: Path, content: Path) -> None:

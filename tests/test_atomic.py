@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dynprune.atomic import damaged, next_number, noting, remove_leftovers, replacing
+from dynprune.atomic import Pieces, damaged, noting, remove_leftovers, replacing
 
 
 def test_the_file_appears_with_what_the_block_wrote(tmp_path):
@@ -112,9 +112,17 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
 
 
-def test_the_next_number_is_above_the_largest_whatever_was_removed(tmp_path):
-    assert next_number(tmp_path, "part-*.json") == 0
-    for number in (0, 2, 10):
-        (tmp_path / f"part-{number:05d}.json").touch()
-    (tmp_path / "other-00099.json").touch()
-    assert next_number(tmp_path, "part-*.json") == 11
+def test_pieces_come_back_in_their_order_whatever_was_removed(tmp_path):
+    pieces = Pieces(tmp_path, "part")
+    assert list(pieces.read()) == []
+    others = [tmp_path / name for name in ("other-00099.json", "part.json", "part-00099.jsonl")]
+    for path in others:
+        path.write_text("not of them")
+    for number in range(12):
+        pieces.add(str(number))
+    (tmp_path / "part-00003.json").unlink()
+    pieces.add("12")
+    assert list(pieces.read()) == [str(number) for number in range(13) if number != 3]
+    assert (tmp_path / "part-00012.json").read_text() == "12"
+    pieces.remove()
+    assert sorted(tmp_path.iterdir()) == sorted(others)

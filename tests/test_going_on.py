@@ -11,6 +11,7 @@ import dynprune.stages.adapters as adapters_stage
 import dynprune.stages.evaluate as evaluate_stage
 import dynprune.stages.samples as samples_stage
 import dynprune.stages.searched_sets as searched_sets
+from dynprune import atomic
 from dynprune.atomic import replacing
 from dynprune.stages.adapters import adapters, harm
 from dynprune.stages.evaluate import evaluate
@@ -53,7 +54,8 @@ def stopped(monkeypatch):
                     kept[self.path.name] += 1
                     raise KeyboardInterrupt
 
-        monkeypatch.setattr(stage, "replacing", Stopping)
+        for module in (atomic, stage):
+            monkeypatch.setattr(module, "replacing", Stopping)
         return kept
 
     return patch

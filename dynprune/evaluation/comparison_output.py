@@ -30,10 +30,6 @@ from dynprune.evaluation.training_curves import training_curves
 _MOST_DIFFERENCES = 12
 
 
-FIGURES = ("comparison.png", "layer_errors.png", "layers_pruned.png", "layer_counts.png", "training_curves.png")
-"""What `write_figures` may write."""
-
-
 def write_comparison(comparison: RunComparison, folder: Path) -> list[Path]:
     """Writes ``comparison.json``, ``.csv``, ``.md`` and the figures of what there is; each complete or not at all.
 

@@ -27,7 +27,7 @@ from dynprune.adapters.distillation import Distillation
 from dynprune.adapters.ridge import fit_ridge
 from dynprune.adapters.stack import AdapterStack
 from dynprune.artifacts import Artifact
-from dynprune.atomic import next_number, replacing
+from dynprune.atomic import Pieces, replacing
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.evaluation.parts import AdapterPart
@@ -49,7 +49,6 @@ _FITS = ("distil", "ridge")
 _LAST_TARGETS = ("output", "final_norm")
 _ERRORS = "errors.json"
 _HARM = "harm.json"
-_HARM_PARTS, _HARM_PART = "harm-*.json", "harm-{:05d}.json"
 
 
 def fit_adapters(run: Run) -> None:
@@ -297,26 +296,25 @@ def harm(run: Run, stand_ins: Artifact | None) -> Artifact:
     def build(folder: Path) -> dict[str, Any]:
         samples, _ = split_answers(run, source)
         probes = random.Random(run.config.adapter.seed).sample(samples, min(count, len(samples)))
+        pieces = Pieces(folder, "harm")
         if not (folder / _HARM).exists():
-            measured = _probe(run, folder, probes, stand_ins)
+            measured = _probe(run, probes, stand_ins, pieces)
             tokens = sum(tokens for tokens, _ in measured)
             full, *single = (sum(nats) / tokens for nats in zip(*(nats for _, nats in measured), strict=True))
             with replacing(folder / _HARM) as path:
                 path.write_text(json.dumps([value - full for value in single]), encoding="utf-8")
-        # What is left is the same, however often it was stopped.
-        for part in folder.glob(_HARM_PARTS):
-            part.unlink()
+        pieces.remove()
         return {"samples": len(probes)}
 
     return run.store.get_or_build("harm", HARM_VERSION, config, {}, upstream, build, resumable=True)
 
 
-def _probe(run: Run, folder: Path, probes: Sequence[Answered], stand_ins: Artifact | None) -> list[tuple[int, list[float]]]:
+def _probe(run: Run, probes: Sequence[Answered], stand_ins: Artifact | None, pieces: Pieces) -> list[tuple[int, list[float]]]:
     """Of each probe the tokens of its answer, and its nats unpruned and with each layer pruned alone; it can be stopped."""
     configurations = [(), *((layer,) for layer in range(run.slm.num_layers))]
     measured: dict[int, tuple[int, list[float]]] = {}
-    for part in folder.glob(_HARM_PARTS):
-        measured |= {position: (tokens, nats) for position, tokens, nats in json.loads(part.read_text(encoding="utf-8"))}
+    for piece in pieces.read():
+        measured |= {position: (tokens, nats) for position, tokens, nats in json.loads(piece)}
     left = [position for position in range(len(probes)) if position not in measured]
     samples = [probes[position] for position in left]
     with pruner_of(run, stand_ins) as pruner:
@@ -326,8 +324,7 @@ def _probe(run: Run, folder: Path, probes: Sequence[Answered], stand_ins: Artifa
             positions, tokens_B = [left[place] for place in places], scores[0].tokens_B.tolist()
             nats_BC = torch.stack([score.nats_B for score in scores], dim=1).tolist()
             some = list(zip(positions, tokens_B, nats_BC, strict=True))
-            with replacing(folder / _HARM_PART.format(next_number(folder, _HARM_PARTS))) as path:
-                path.write_text(json.dumps(some), encoding="utf-8")
+            pieces.add(json.dumps(some))
             measured |= {position: (tokens, nats) for position, tokens, nats in some}
     return [measured[position] for position in range(len(probes))]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import next_number, replacing
+from dynprune.atomic import Pieces, replacing
 from dynprune.metrics.scores import get_score, perfect_score
 from dynprune.slm.generation import Request, generate_all
 from dynprune.slm.likelihood import Answered
@@ -17,7 +17,6 @@ from dynprune.stages.run import Run, digest, once_a_run
 
 VERSION = 1
 _ANSWERS = "answers.json"
-_PARTS, _PART = "part-*.json", "part-{:05d}.json"
 
 
 @once_a_run
@@ -41,8 +40,9 @@ def answers(run: Run) -> Artifact:
             prompt, reference = run.tokens(query)
             requests.append(Request(prompt, (), limit, (reference,)))
         answered: dict[int, tuple[int, ...]] = {}
-        for part in sorted(folder.glob(_PARTS)):
-            answered |= {position: tuple(ids) for position, ids in json.loads(part.read_text(encoding="utf-8"))}
+        pieces = Pieces(folder, "part")
+        for piece in pieces.read():
+            answered |= {position: tuple(ids) for position, ids in json.loads(piece)}
         left = [position for position in range(len(requests)) if position not in answered]
         with LayerPruner(run.slm) as pruner:
             generated = generate_all(run.slm, pruner, [requests[position] for position in left], run.config.hardware.batch_size)
@@ -50,8 +50,7 @@ def answers(run: Run) -> Artifact:
             while some := [
                 (left[index], answer.token_ids) for index, answer in islice(tracked, run.config.hardware.batch_size)
             ]:
-                with replacing(folder / _PART.format(next_number(folder, _PARTS))) as path:
-                    path.write_text(json.dumps(some), encoding="utf-8")
+                pieces.add(json.dumps(some))
                 answered |= dict(some)
         right = [
             (requests[position].prompt, answered[position])
@@ -66,9 +65,7 @@ def answers(run: Run) -> Artifact:
             )
         with replacing(folder / _ANSWERS) as path:
             path.write_text(json.dumps(right), encoding="utf-8")
-        # What is left is the same, however often it was stopped.
-        for part in folder.glob(_PARTS):
-            part.unlink()
+        pieces.remove()
         return {"queries": len(queries), "correct": len(right)}
 
     return run.store.get_or_build("answers", VERSION, config, digest(queries), {}, build, resumable=True)

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dynprune.atomic import replacing
+from dynprune.atomic import Pieces, replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Sample
 from dynprune.evaluation.latency import Timing, time_rows
@@ -27,7 +28,6 @@ from dynprune.stages.run import Run, digest, plain
 from dynprune.stages.samples import Answers, run_rows
 
 VERSION = 2
-_TIMED = "timings-{:05d}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -156,32 +156,28 @@ def _time(run: Run, rows: Sequence[Row], queries: Sequence[Query], originals: Se
     upstream = upstream_of(adapters_artifact)
 
     def build(folder: Path) -> dict[str, Any]:
-        target = folder / "timings.jsonl"
-        parts = [folder / _TIMED.format(number) for number in range(len(timed))]
-        left = [number for number, part in enumerate(parts) if not part.exists() and not target.exists()]
-        with pruner_of(run, adapters_artifact) as pruner:
-            results = time_rows(
-                run.slm,
-                pruner,
-                [timed[number] for number in left],
-                [run.tokens(timed[number])[0] for number in left],
-                [tokens[number] for number in left],
-                {row.name: timed_row(row) for row in rows},
-                settings.warmup,
-                run.config.seed,
-            )
-            lines: list[str] = []
-            for timing in track(results, "timing the rows in turns", len(left) * len(rows)):
-                lines.append(json.dumps(asdict(timing)) + "\n")
-                if len(lines) == len(rows):
-                    with replacing(parts[left.pop(0)]) as path:
-                        path.write_text("".join(lines), encoding="utf-8")
-                    lines = []
+        target, pieces = folder / "timings.jsonl", Pieces(folder, "timings", ".jsonl")
         if not target.exists():
+            measured = {json.loads(piece.splitlines()[0])["id"]: piece for piece in pieces.read()}
+            left = [number for number, query in enumerate(timed) if query.id not in measured]
+            with pruner_of(run, adapters_artifact) as pruner:
+                results = time_rows(
+                    run.slm,
+                    pruner,
+                    [timed[number] for number in left],
+                    [run.tokens(timed[number])[0] for number in left],
+                    [tokens[number] for number in left],
+                    {row.name: timed_row(row) for row in rows},
+                    settings.warmup,
+                    run.config.seed,
+                )
+                tracked = track(results, "timing the rows in turns", len(left) * len(rows))
+                for id, of_query in groupby(tracked, key=lambda timing: timing.id):
+                    measured[id] = "".join(json.dumps(asdict(timing)) + "\n" for timing in of_query)
+                    pieces.add(measured[id])
             with replacing(target) as path:
-                path.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
-        for part in parts:
-            part.unlink(missing_ok=True)
+                path.write_text("".join(measured[query.id] for query in timed), encoding="utf-8")
+        pieces.remove()
         return {"queries": len(timed), "rows": len(rows)}
 
     artifact = run.store.get_or_build("latency", VERSION, config, digest(timed), upstream, build, resumable=True)

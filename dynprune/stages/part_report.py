@@ -4,18 +4,18 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-from omegaconf import OmegaConf
-
-from dynprune.evaluation.comparison_output import FIGURES, write_figures
+from dynprune.evaluation.comparison_output import write_figures
 from dynprune.evaluation.html_report import write_comparison_report
 from dynprune.evaluation.parts import Part
 from dynprune.evaluation.run_comparison import compare_runs
 from dynprune.evaluation.run_results import read_parts, write_parts
 from dynprune.evaluation.training_curves import TrainingCurve
-from dynprune.stages.run import Run, plain
+from dynprune.stages.run import Run
 
 log = logging.getLogger(__name__)
 _REPORT = "report.html"
+# Those of a comparison without a table.
+_FIGURES = ("layer_errors.png", "training_curves.png")
 
 
 def report_parts(run: Run, parts: Mapping[str, Part], curves: Mapping[str, Sequence[TrainingCurve]] | None = None) -> None:
@@ -26,11 +26,9 @@ def report_parts(run: Run, parts: Mapping[str, Part], curves: Mapping[str, Seque
         parts: By their names.
         curves: How its router learned: by method, a curve for each seed.
     """
-    # It is shown to others, whom the machine's folders do not concern.
-    config = plain(OmegaConf.merge(run.config, {"paths": {"run": os.path.relpath(run.folder)}}))
-    write_parts(run.folder, run.config.seed, parts, curves, config)
+    write_parts(run.folder, run.config.seed, parts, curves, run.shown_config)
     # What an earlier stage of this name left is about something else.
-    for name in (*FIGURES, _REPORT):
+    for name in (*_FIGURES, _REPORT):
         (run.folder / name).unlink(missing_ok=True)
     if not parts:
         return

@@ -17,6 +17,7 @@ from dynprune.evaluation.accuracy import RIGHT_BY, Sample
 from dynprune.evaluation.agreement import agreement
 from dynprune.evaluation.cells import Grid
 from dynprune.evaluation.comparisons import Comparison, compare, over_seeds
+from dynprune.evaluation.curves import BudgetCurve
 from dynprune.evaluation.figures import (
     accuracy_speedup,
     budget_curve,
@@ -29,19 +30,19 @@ from dynprune.evaluation.html_report import choose_examples, write_run_report
 from dynprune.evaluation.latency import Timing
 from dynprune.evaluation.layer_error import layer_error
 from dynprune.evaluation.machine import describe_machine, versions
-from dynprune.evaluation.parts import Part
+from dynprune.evaluation.parts import AdapterPart, Part
 from dynprune.evaluation.run_results import AskedQuery, seal_report, typed, write_parts, write_queries
 from dynprune.evaluation.speedup import measured_speedup, nominal_speedup
 from dynprune.evaluation.statistics import mean_interval, median_interval
 from dynprune.evaluation.table import Lossless, TableRow, grids, render_table, write_table
-from dynprune.evaluation.training_curves import training_curves
+from dynprune.evaluation.training_curves import TrainingCurve, training_curves
 from dynprune.stages.adapters import adapter_part, adapters
 from dynprune.stages.budgets import STATIC_CURVES, budget_curves, check_table, headline_of
 from dynprune.stages.evaluate import Evaluation, evaluate, train_routers
 from dynprune.stages.explore import exploration_part, explore
 from dynprune.stages.router import read_curves
 from dynprune.stages.rows import Row
-from dynprune.stages.run import Run, plain
+from dynprune.stages.run import Run
 from dynprune.stages.samples import write_samples
 from dynprune.tracking import track_report
 
@@ -68,8 +69,7 @@ def report(run: Run) -> Path:
     rows = [_table_row(run, row, evaluation) for row in evaluation.rows]
     comparisons = _comparisons(evaluation)
     machine = {**describe_machine(), "dtype": run.model_identity["dtype"]}
-    # Tables are shown to others, whom the machine's folders do not concern; other keys are made of this one.
-    config = plain(OmegaConf.merge(run.config, {"paths": {"run": os.path.relpath(run.folder)}}))
+    config = run.shown_config
     seeds = {name: over_seeds(scores) for name, scores in _by_name(evaluation).items() if len(scores) > 1}
     # What an earlier run of this name wrote may be about other rows: it is replaced as a whole.
     shutil.rmtree(new, ignore_errors=True)
@@ -79,34 +79,14 @@ def report(run: Run) -> Path:
     write_queries(new, evaluation.queries)
     for name, samples in evaluation.samples.items():
         write_samples(samples, new / "samples" / f"{name}.jsonl")
-    drawn = drawn_rows(evaluation.rows)
-    accuracy_speedup([row for row in rows if row.name in drawn], new / "accuracy_speedup.png")
     curves = budget_curves(evaluation, rows)
-    if curves:
-        budget_curve(list(curves.values()), rows[0].scores[RIGHT_BY], new / "budget_curve.png")
     if run.config.evaluation.headline:
         write_headline(headline_of(run, evaluation, rows, curves), new / "figures.json")
-    pruned = [row.name for row in evaluation.rows if _is_pruned(row)]
-    if pruned:
-        layers_of = {name: [sample.pruned_layers for sample in evaluation.samples[name]] for name in pruned}
-        frequencies = {name: pruning_frequency(layers, run.slm.num_layers) for name, layers in layers_of.items()}
-        layers_pruned(frequencies, new / "layers_pruned.png")
-    artifact = adapters(run)
-    parts: dict[str, Part] = {}
-    if artifact is not None:
-        parts["adapters"] = part = adapter_part(artifact)
-        layer_error(part.mse, part.relative_error, new / "layer_error.png")
-    # For ready routers nothing needed to be explored.
-    if any(method.run.config.router.folder is None for method in evaluation.methods):
-        parts["exploration"] = exploration_part(run, explore(run))
-    choosing = [row for row in evaluation.rows if _is_pruned(row) and not row.origin.startswith("[")]
-    if choosing:
-        counts = {row.name: [len(s.pruned_layers) for s in evaluation.samples[row.name]] for row in choosing}
-        layer_counts(counts, new / "layer_counts.png")
-    if curves_of := read_curves({method.name: list(method.routers.values()) for method in evaluation.methods}):
-        training_curves(curves_of, new / "training_curves.png")
+    parts = _parts(run, evaluation)
+    learned = read_curves({method.name: list(method.routers.values()) for method in evaluation.methods})
+    _write_figures(run, evaluation, rows, list(curves.values()), parts, learned, new)
     _write_html(run, evaluation, grids(rows, comparisons, seeds), machine, config, new)
-    write_parts(new, run.config.seed, parts, curves_of)
+    write_parts(new, run.config.seed, parts, learned)
     seal_report(new)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
@@ -115,6 +95,45 @@ def report(run: Run) -> Path:
     for path in sorted(folder.iterdir()):
         log.info("wrote %s", os.path.relpath(path))
     return folder
+
+
+def _parts(run: Run, evaluation: Evaluation) -> dict[str, Part]:
+    """What the table was made with."""
+    parts: dict[str, Part] = {}
+    artifact = adapters(run)
+    if artifact is not None:
+        parts["adapters"] = adapter_part(artifact)
+    # For ready routers nothing needed to be explored.
+    if any(method.run.config.router.folder is None for method in evaluation.methods):
+        parts["exploration"] = exploration_part(run, explore(run))
+    return parts
+
+
+def _write_figures(
+    run: Run,
+    evaluation: Evaluation,
+    rows: Sequence[TableRow],
+    curves: Sequence[BudgetCurve],
+    parts: Mapping[str, Part],
+    learned: Mapping[str, Sequence[TrainingCurve]],
+    folder: Path,
+) -> None:
+    """Writes the figures of what there is."""
+    drawn = drawn_rows(evaluation.rows)
+    accuracy_speedup([row for row in rows if row.name in drawn], folder / "accuracy_speedup.png")
+    if curves:
+        budget_curve(curves, rows[0].scores[RIGHT_BY], folder / "budget_curve.png")
+    pruned = [row for row in evaluation.rows if _is_pruned(row)]
+    layers_of = {row.name: [sample.pruned_layers for sample in evaluation.samples[row.name]] for row in pruned}
+    if pruned:
+        frequencies = {name: pruning_frequency(layers, run.slm.num_layers) for name, layers in layers_of.items()}
+        layers_pruned(frequencies, folder / "layers_pruned.png")
+    if choosing := [row.name for row in pruned if not row.origin.startswith("[")]:
+        layer_counts({name: list(map(len, layers_of[name])) for name in choosing}, folder / "layer_counts.png")
+    if isinstance(part := parts.get("adapters"), AdapterPart):
+        layer_error(part.mse, part.relative_error, folder / "layer_error.png")
+    if learned:
+        training_curves(learned, folder / "training_curves.png")
 
 
 def _write_html(

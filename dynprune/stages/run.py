@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -160,6 +161,13 @@ class Run:
                 "data.only.max_chars and data.only.categories leave some out, as does a delta that was trained on them"
             )
         return queries
+
+    @property
+    def shown_config(self) -> dict[str, Any]:
+        """The configuration as reports show it: to others, whom the machine's folders do not concern."""
+        # Other keys are made of this one.
+        shown: dict[str, Any] = plain(OmegaConf.merge(self.config, {"paths": {"run": os.path.relpath(self.folder)}}))
+        return shown
 
     @property
     def shared_bytes(self) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import next_number, replacing
+from dynprune.atomic import Pieces, replacing
 from dynprune.data.tasks import Query
 from dynprune.evaluation.accuracy import Asked, Sample, run_queries
 from dynprune.evaluation.lossless import run_lossless
@@ -31,7 +31,6 @@ from dynprune.stages.run import Run, digest
 
 VERSION = 1
 log = logging.getLogger(__name__)
-_PARTS, _PART = "samples-*.jsonl", "samples-{:05d}.jsonl"
 _SAMPLES_A_PROCESS = 250
 
 
@@ -123,13 +122,12 @@ def _read_row(run: Run, row: Row, answers: Answers) -> list[Sample]:
         means = mean_scores()
         means.update([sample.output for sample in samples], answers.queries)
         scores = {name: float(mean) for name, mean in means.compute().items()}
-        # What is left is the same, however often it was stopped.
-        for part in folder.glob(_PARTS):
-            part.unlink()
+        _pieces(folder).remove()
         return {"queries": len(samples), "truncated": sum(sample.truncated for sample in samples), **scores}
 
     identity = _identity(run, row, answers.queries)
-    samples = _read_samples(run.store.get_or_build(**identity, build=build, resumable=True).folder / "samples.jsonl")
+    artifact = run.store.get_or_build(**identity, build=build, resumable=True)
+    samples = _parsed((artifact.folder / "samples.jsonl").read_text(encoding="utf-8"))
     for query, sample in zip(answers.queries, samples, strict=True):
         _show(run, row, query, sample, answers)
     if row.drafting is None:
@@ -145,17 +143,17 @@ def _answered(row: Row, answers: Answers) -> list[Sample]:
 def _run_lossless(run: Run, row: Row, answers: Answers, folder: Path) -> list[Sample]:
     """Generates what a lossless row says; it goes on where it was stopped."""
     assert row.drafting is not None
-    said = {sample.id: sample for sample in _read_parts(folder)}
+    said = {sample.id: sample for sample in _read_pieces(folder)}
     chosen = zip(answers.queries, answers.configurations(row), strict=True)
     left = [(query, configuration) for query, configuration in chosen if query.id not in said]
     queries, configurations = [query for query, _ in left], [configuration for _, configuration in left]
     limit = run.max_new_tokens(answers.queries)
-    first = next_number(folder, _PARTS)
+    pieces = _pieces(folder)
     with pruner_of(run, adapters(run)) as pruner:
         results = run_lossless(run.slm, pruner, queries, configurations, limit, row.drafting)
         tracked = track(results, f"evaluating {row.name}", len(left))
-        for number, (query, sample) in enumerate(zip(queries, tracked, strict=True), start=first):
-            write_samples([sample], folder / _PART.format(number))
+        for query, sample in zip(queries, tracked, strict=True):
+            pieces.add(_lines([sample]))
             _show(run, row, query, sample, answers)
             said[sample.id] = sample
     return [said[query.id] for query in answers.queries]
@@ -176,7 +174,7 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
     for folder in run.store.differing_in("origin", **identity):
         # Gone where another process has just finished it, under its final name.
         with suppress(FileNotFoundError):
-            answers.add(_read_parts(folder))
+            answers.add(_read_pieces(folder))
     if all(key in answers.known for key in rows_of):
         return
     # Mistakes are said here, before anything is left behind.
@@ -184,13 +182,12 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
     configuration_mask(run.slm, [layers for _, layers in rows_of])
 
     def build(folder: Path) -> dict[str, Any]:
-        number = next_number(folder, _PARTS)
-        mine = _read_parts(folder)
+        pieces = _pieces(folder)
+        mine = _read_pieces(folder)
         answers.add(mine)
         kept = {(sample.id, sample.pruned_layers) for sample in mine}
         if known := [answers.known[key] for key in rows_of if key in answers.known and key not in kept]:
-            write_samples(known, folder / _PART.format(number))
-            number += 1
+            pieces.add(_lines(known))
         left: dict[str, list[tuple[int, ...]]] = {}
         for id, layers in rows_of:
             if (id, layers) not in answers.known:
@@ -204,8 +201,7 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
         with closing(shared_out(run, job, asked, least)) as results:
             tracked = track(results, f"evaluating {what}", count)
             while part := list(islice(tracked, run.config.hardware.batch_size)):
-                write_samples(part, folder / _PART.format(number))
-                number += 1
+                pieces.add(_lines(part))
                 generated += len(part)
                 for sample in part:
                     for row in rows_of[sample.id, sample.pruned_layers]:
@@ -213,7 +209,7 @@ def _generate(run: Run, rows: Sequence[Row], answers: Answers) -> None:
         assert generated == count, "every configuration of every query gives a sample"
         return {"samples": len(rows_of), "generated": count}
 
-    answers.add(_read_parts(run.store.get_or_build(**identity, build=build, resumable=True).folder))
+    answers.add(_read_pieces(run.store.get_or_build(**identity, build=build, resumable=True).folder))
 
 
 def _generated(
@@ -226,19 +222,27 @@ def _generated(
 def write_samples(samples: Sequence[Sample], target: Path) -> None:
     """Writes samples, one JSON object a line."""
     with replacing(target) as path:
-        path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples), encoding="utf-8")
+        path.write_text(_lines(samples), encoding="utf-8")
 
 
-def _read_samples(path: Path) -> list[Sample]:
-    records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _lines(samples: Sequence[Sample]) -> str:
+    return "".join(json.dumps(asdict(sample)) + "\n" for sample in samples)
+
+
+def _parsed(text: str) -> list[Sample]:
+    records: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
     for record in records:
         record["pruned_layers"] = tuple(record["pruned_layers"])
         record["token_ids"] = tuple(record["token_ids"])
     return [Sample(**record) for record in records]
 
 
-def _read_parts(folder: Path) -> list[Sample]:
-    return [sample for path in sorted(folder.glob(_PARTS)) for sample in _read_samples(path)]
+def _pieces(folder: Path) -> Pieces:
+    return Pieces(folder, "samples", ".jsonl")
+
+
+def _read_pieces(folder: Path) -> list[Sample]:
+    return [sample for piece in _pieces(folder).read() for sample in _parsed(piece)]
 
 
 def _show(run: Run, row: Row, query: Query, sample: Sample, answers: Answers) -> None:

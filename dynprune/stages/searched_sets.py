@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import next_number, replacing
+from dynprune.atomic import Pieces, replacing
 from dynprune.baselines.by_embedding import cluster
 from dynprune.baselines.static_search import accurate_static_sets, greedy_static_sets
 from dynprune.data.tasks import Query
@@ -27,7 +27,7 @@ from dynprune.stages.run import Run, digest, once_a_run
 from dynprune.stages.sizes import sizes_of
 
 VERSION = 1
-_LOSSES = "losses-*.json"
+_LOSSES = "losses"
 # A set, and the figure that it was chosen by.
 _Found = tuple[tuple[int, ...], float]
 SEARCHED = ("static_accuracy", "nearest_centroid", "pudding")
@@ -222,22 +222,21 @@ def _measure(run: Run, folder: Path, queries: Sequence[Query], sets: Sequence[Se
     done = read_losses(folder)
     left = [query for query in queries if query.id not in done]
     samples = [run.tokens(query) for query in left]
-    first = next_number(folder, _LOSSES)
+    pieces = Pieces(folder, _LOSSES)
     with pruner_of(run, adapters(run)) as pruner:
         measured = score_configurations(run.slm, pruner, samples, sets)
         batches = track(measured, title, len(similar_samples(run.slm, samples)))
-        for part, (positions, scores) in enumerate(batches, start=first):
+        for positions, scores in batches:
             loss_BS = torch.stack([scored.nats_per_token_B for scored in scores], dim=1).tolist()
             losses = {left[position].id: loss_S for position, loss_S in zip(positions, loss_BS, strict=True)}
-            with replacing(folder / f"losses-{part:05d}.json") as path:
-                path.write_text(json.dumps(losses), encoding="utf-8")
+            pieces.add(json.dumps(losses))
 
 
 def read_losses(folder: Path) -> dict[str, list[float]]:
     """The losses in an artifact, in nats a token: by query id, one for each set."""
     losses: dict[str, list[float]] = {}
-    for path in sorted(folder.glob(_LOSSES)):
-        losses |= json.loads(path.read_text(encoding="utf-8"))
+    for piece in Pieces(folder, _LOSSES).read():
+        losses |= json.loads(piece)
     return losses
 
 
