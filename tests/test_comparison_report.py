@@ -185,6 +185,7 @@ def test_stages_that_are_run_alone_leave_a_report(tmp_path):
         text = (place / "report.html").read_text(encoding="utf-8")
         assert f"<h2>{heading}</h2>" in text
         assert "max_configurations: 6" in text
+        assert "Versions: python" in text
         assert str(tmp_path) not in text
         # Those of the stage before are gone.
         assert [path.name for path in place.glob("*.png")] == figures

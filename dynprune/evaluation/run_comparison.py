@@ -114,7 +114,7 @@ class RunComparison:
         asked: The queries, by their ids; none that runs have other queries under.
         origins: Of each run its folder, its seed and what was typed.
         configured: Folder and configuration of the first run whose configuration is known.
-        versions: Releases of packages that tables were made with, each once.
+        versions: Releases of packages that the runs were made with, each once.
     """
 
     entries: list[Entry]
@@ -149,7 +149,7 @@ def compare_runs(runs: Sequence[RunResult]) -> RunComparison:
     failures = [Failure(setting, run.seed, run.folder, run.failure) for setting, run in named if run.failure is not None]
     entries = _entries(done)
     machines = dict.fromkeys(_machine(run) for _, run in done)
-    all_versions = [run.versions for _, run in done]
+    all_versions = [run.versions for run in runs]
     return RunComparison(
         entries,
         _comparisons(entries),

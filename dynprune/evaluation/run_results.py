@@ -95,7 +95,7 @@ class RunResult:
         asked: The queries of its table, by their ids.
         num_layers: L, the SLM's decoder layers; ``None`` where its table does not say.
         config: Its configuration; empty where it is not known.
-        versions: Releases of the packages that its table was made with.
+        versions: Releases of packages that it was made with; empty where they are not known.
     """
 
     folder: Path

@@ -3,9 +3,11 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from dynprune.evaluation.comparison_output import write_figures
 from dynprune.evaluation.html_report import write_comparison_report
+from dynprune.evaluation.machine import versions
 from dynprune.evaluation.parts import Part
 from dynprune.evaluation.run_comparison import compare_runs
 from dynprune.evaluation.run_results import read_parts, write_parts
@@ -32,7 +34,7 @@ def report_parts(run: Run, parts: Mapping[str, Part], curves: Mapping[str, Seque
         (run.folder / name).unlink(missing_ok=True)
     if not parts:
         return
-    comparison = compare_runs([read_parts(run.folder)])
+    comparison = compare_runs([replace(read_parts(run.folder), versions=versions())])
     pictures = write_figures(comparison, run.folder)
     write_comparison_report(run.folder / _REPORT, str(run.config.name), comparison, pictures)
     for path in (*pictures, run.folder / _REPORT):
