@@ -3,12 +3,15 @@
 Torch's kernel takes the query heads one after another, and each reads the keys and values that it shares with others anew; for
 a single token in bfloat16 it also falls back to a slow product. Folded, the heads that share keys and values are as many tokens
 of one head: one product for all of them, the same sums. In training in bfloat16, forward and backward, it takes longer than the
-products and the softmax that it stands for (1.5 to 2 times as long, measured on 2 cores at 512 to 1536 tokens).
+products and the softmax that it stands for (1.5 to 2 times as long, measured on 2 cores at 512 to 1536 tokens), although these
+are made for what is not seen as well; written out block by block, they leave out what no token of a block sees.
 
-Shapes: B = batch, H = query heads, K = heads of keys and values, G = H / K, T = new tokens, S = all tokens, w = a head's width.
+Shapes: B = batch, H = query heads, K = heads of keys and values, G = H / K, T = new tokens, S = all tokens, w = a head's width,
+N = new tokens of a block, C = tokens that some token of the block sees.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Beyond that, heads have enough tokens of their own.
 _FEW_TOKENS = 8
-# Written out, each layer keeps a weight for each pair of tokens and each head until it has gone backward: so many, at most.
+# New tokens that are written out together: with fewer, more pairs that are not seen are left out, and products are small.
+_BLOCK = 256
+# Written out, each layer keeps a weight for N C pairs of tokens and each head until it has gone backward: so many, at most.
 _MOST_WEIGHTS = 1 << 25
 
 
@@ -76,12 +81,10 @@ def folded_attention(
         and kwargs.get("position_bias") is None
         and kwargs.get("softcap") is None
     )
-    if (
-        plain
-        and dropout == 0
-        and _is_trained(module, query_BHTw, key_BKSw, value_BKSw, attention_mask, kwargs.get("is_causal"))
-    ):
-        return _written_out(query_BHTw, key_BKSw, value_BKSw, attention_mask, scaling), None
+    if plain and dropout == 0 and _is_trained(module, query_BHTw, key_BKSw, value_BKSw, attention_mask, kwargs.get("is_causal")):
+        blocks = _blocks(attention_mask, tokens, query_BHTw.dtype)
+        if sum(batch * heads * mask_B1NC.shape[2] * len(seen_C) for seen_C, mask_B1NC in blocks) <= _MOST_WEIGHTS:
+            return _written_out(query_BHTw, key_BKSw, value_BKSw, blocks, scaling), None
     # One token sees everything; of several, only a mask says what each of them sees.
     if not (plain and groups > 1 and tokens <= _FEW_TOKENS and (tokens == 1 or attention_mask is not None)):
         return sdpa_attention_forward(
@@ -106,40 +109,53 @@ def _is_trained(
     mask_B1TS: Tensor | None,
     is_causal: bool | None,
 ) -> bool:
-    """Whether it goes backward in bfloat16 and can be written out: all see what comes before them, or what a mask says."""
-    batch, heads, tokens, _ = query_BHTw.shape
-    length = key_BKSw.shape[2]
+    """Whether it goes backward in bfloat16, and all see what comes before them, or what a mask says."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return (
         query_BHTw.requires_grad
         and query_BHTw.dtype == key_BKSw.dtype == value_BKSw.dtype == torch.bfloat16
-        and (mask_B1TS is not None or (causal and tokens == length))
-        and batch * heads * tokens * length <= _MOST_WEIGHTS
+        and (mask_B1TS is not None or (causal and query_BHTw.shape[2] == key_BKSw.shape[2]))
     )
 
 
+def _blocks(mask_B1TS: Tensor | None, tokens: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """What is seen, block by block of new tokens: without a mask, each token sees itself and what comes before it.
+
+    Returns:
+        ``seen_C``, the tokens that some token of the block sees in some row, and ``mask_B1NC``, to be added to their scores.
+    """
+    if mask_B1TS is None:
+        mask_B1TS = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+    blocks = []
+    for mask_B1NS in mask_B1TS.split(_BLOCK, dim=2):
+        seen_B1NS = mask_B1NS if mask_B1NS.dtype == torch.bool else mask_B1NS > torch.finfo(mask_B1NS.dtype).min
+        seen_C = seen_B1NS.flatten(0, -2).any(dim=0).nonzero().flatten()
+        mask_B1NC = mask_B1NS.index_select(3, seen_C)
+        blocks.append((seen_C, added_mask(mask_B1NC, dtype) if mask_B1NC.dtype == torch.bool else mask_B1NC))
+    return blocks
+
+
 def _written_out(
-    query_BHTw: Tensor, key_BKSw: Tensor, value_BKSw: Tensor, mask_B1TS: Tensor | None, scaling: float | None
+    query_BHTw: Tensor, key_BKSw: Tensor, value_BKSw: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], scaling: float | None
 ) -> Tensor:
-    """Attention as products; without a mask, each token sees itself and what comes before it.
+    """Attention as products, for one block of `_blocks` after another.
 
     Returns:
         (B, T, H, w).
     """
-    batch, heads, tokens, width = query_BHTw.shape
-    shared, length = key_BKSw.shape[1:3]
-    if mask_B1TS is None:
-        mask_B1TS = torch.ones(tokens, length, dtype=torch.bool).tril()
-    if mask_B1TS.dtype == torch.bool:
-        mask_B1TS = added_mask(mask_B1TS, query_BHTw.dtype)
+    shared, width = key_BKSw.shape[1], query_BHTw.shape[3]
+    query_BKGTw = (query_BHTw * (width**-0.5 if scaling is None else scaling)).unflatten(1, (shared, -1))
+    outs_BKGNw = []
     # Autocast would take the softmax to float32, copy by copy; in bfloat16 it sums in float32 as well.
     with torch.autocast("cpu", enabled=False):
-        folded = query_BHTw * (width**-0.5 if scaling is None else scaling)
-        scores = folded.reshape(batch * shared, -1, width) @ key_BKSw.flatten(0, 1).transpose(1, 2)
-        # In place: neither the product nor the sum needs the scores without the mask to go backward.
-        weights_BHTS = scores.view(batch, heads, tokens, length).add_(mask_B1TS).softmax(dim=-1)
-        out = weights_BHTS.view(batch * shared, -1, length) @ value_BKSw.flatten(0, 1)
-    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous()
+        for query_BKGNw, (seen_C, mask_B1NC) in zip(query_BKGTw.split(_BLOCK, dim=3), blocks, strict=True):
+            groups_and_tokens = query_BKGNw.shape[2:4]
+            scores = query_BKGNw.flatten(2, 3) @ key_BKSw.index_select(2, seen_C).transpose(2, 3)
+            # In place: neither the product nor the sum needs the scores without the mask to go backward.
+            weights_BKGNC = scores.unflatten(2, groups_and_tokens).add_(mask_B1NC[:, :, None]).softmax(dim=-1)
+            out = weights_BKGNC.flatten(2, 3) @ value_BKSw.index_select(2, seen_C)
+            outs_BKGNw.append(out.unflatten(2, groups_and_tokens))
+    return torch.cat(outs_BKGNw, dim=3).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
