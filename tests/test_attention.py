@@ -66,17 +66,32 @@ def test_it_is_attention_head_by_head(batch, shared, groups, tokens, past, maske
     assert weights is None
 
 
-@pytest.mark.parametrize(("masked", "groups"), [("no", 3), ("by truth", 3), ("by numbers", 3), ("by truth", 1)])
-def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypatch, masked, groups):
+def family(sizes: list[int]) -> torch.Tensor:
+    """What samples see that have the first tokens in common, two rows of them."""
+    parts = torch.tensor([number for number, size in enumerate(sizes) for _ in range(size)])
+    seen = ((parts == 0) | (parts[:, None] == parts)).tril()
+    return torch.stack([seen, torch.ones_like(seen).tril()])[:, None]
+
+
+@pytest.mark.parametrize("block", [1, 4, 5, 12, 256])
+@pytest.mark.parametrize(
+    ("masked", "groups"), [("no", 3), ("by truth", 3), ("by numbers", 3), ("by truth", 1), ("family", 3), ("families", 1)]
+)
+def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypatch, masked, groups, block):
     monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", None)
+    monkeypatch.setattr(attention, "_BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     sizes = ((2 * groups, 8), (2, 8), (2, 5))
     inputs = [torch.randn(2, heads, 12, width, generator=generator).bfloat16() for heads, width in sizes]
     seen = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
-    if masked != "no":
+    if masked.startswith("by"):
         seen[1, 0, :, :3] = False
         seen[1, 0, :3, 0] = True
-    mask = {"no": None, "by truth": seen, "by numbers": added_mask(seen, torch.bfloat16)}[masked]
+    elif masked == "families":
+        seen = family([3, 4, 1, 4])
+    elif masked == "family":
+        seen = family([3, 4, 1, 4])[:1]
+    mask = {"no": None, "by numbers": added_mask(seen, torch.bfloat16)}.get(masked, seen)
     wants, found = [], []
     for dtype, into in ((torch.float64, wants), (torch.bfloat16, found)):
         query, key, value = (tensor.to(dtype).requires_grad_() for tensor in inputs)
@@ -92,20 +107,41 @@ def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypa
         torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02 * want.abs().max().item())
 
 
-def test_a_row_that_sees_nothing_is_still_a_number_and_changes_no_other_one():
+@pytest.mark.parametrize("sizes", [[12], [4, 4, 4], [2, 1, 5, 1, 3]])
+def test_written_out_it_makes_no_weight_of_what_no_token_of_a_block_sees(monkeypatch, sizes):
+    monkeypatch.setattr(attention, "_BLOCK", 4)
+    seen = family(sizes)[:1]
+    counted = sum(4 * int(rows.any(dim=0).sum()) for rows in seen[0, 0].split(4))
+    query, key = (torch.randn(1, heads, 12, 15).bfloat16().requires_grad_() for heads in (2, 1))
+    saved = []
+
+    def save(tensor):
+        # Of what products and the softmax keep to go backward, the weights are all that is w wide in neither direction.
+        if tensor.is_floating_point() and 15 not in tensor.shape[-2:]:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        folded_attention(layer(2), query, key, key, seen)
+    assert sum({tensor.data_ptr(): tensor.numel() for tensor in saved}.values()) == 2 * counted
+
+
+@pytest.mark.parametrize("block", [2, 256])
+def test_a_row_that_sees_nothing_is_still_a_number_and_changes_no_other_one(monkeypatch, block):
+    monkeypatch.setattr(attention, "_BLOCK", block)
     inputs = [torch.randn(1, 2, 4, 8).bfloat16().requires_grad_() for _ in range(3)]
     seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     want, _ = folded_attention(layer(1), *inputs, seen)
     blind = seen.clone()
-    blind[0, 0, 0] = False
+    blind[0, 0, :2] = False
     got, _ = folded_attention(layer(1), *inputs, blind)
-    got[:, 1:].sum().backward()
-    assert torch.equal(got[:, 1:], want[:, 1:])
+    got[:, 2:].sum().backward()
+    assert torch.equal(got[:, 2:], want[:, 2:])
     assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)
     assert torch.isfinite(got).all()
 
 
-@pytest.mark.parametrize("why", ["not causal", "more keys", "dropout", "too many weights", "float32"])
+@pytest.mark.parametrize("why", ["nothing", "not causal", "more keys", "dropout", "too many weights", "float32"])
 def test_what_cannot_be_written_out_is_left_to_the_kernel(monkeypatch, why):
     asked = []
 
@@ -114,14 +150,16 @@ def test_what_cannot_be_written_out_is_left_to_the_kernel(monkeypatch, why):
         return query
 
     monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", kernel)
-    monkeypatch.setattr(attention, "_MOST_WEIGHTS", 2 * 3 * 12 * 12 - 1 if why == "too many weights" else 1 << 20)
+    monkeypatch.setattr(attention, "_BLOCK", 5)
+    # Blocks of 5, 5 and 2 tokens, which see 5, 10 and 12.
+    monkeypatch.setattr(attention, "_MOST_WEIGHTS", 2 * 3 * (25 + 50 + 24) - (why == "too many weights"))
     dtype = torch.float32 if why == "float32" else torch.bfloat16
     query = torch.randn(2, 3, 12, 8, dtype=dtype, requires_grad=True)
     key = torch.randn(2, 3, 13 if why == "more keys" else 12, 8, dtype=dtype)
     module = layer(1)
     module.is_causal = why != "not causal"
     folded_attention(module, query, key, key, None, dropout=0.1 if why == "dropout" else 0.0)
-    assert [call["is_causal"] for call in asked] == [why != "not causal"]
+    assert [call["is_causal"] for call in asked] == ([] if why == "nothing" else [why != "not causal"])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])

@@ -38,6 +38,25 @@ TINY = [
 ]
 
 
+def inline(page: str) -> list[list[str]]:
+    """The words of each piece of code within a sentence; what stands for something else, such as FOLDER, is given a name."""
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
+    filled = [
+        span.replace("FOLDER", "folder").replace("NAME", "name") for span in spans if not re.search(r"X|…|=$|\w\(|eval", span)
+    ]
+    return [shlex.split(span) for span in dict.fromkeys(filled)]
+
+
+INLINE = [*inline(README), *inline(TOUR)]
+# Of what has an equals sign, environment variables, placeholders and the harness's own arguments are no keys.
+SETTINGS = [
+    words
+    for words in INLINE
+    if words[0] == "dynprune" or ("=" in words[0] and not re.match(r"[A-Z]|\+?key=|layers=", words[0]))
+]
+TARGETS = [words for words in INLINE if words[0] == "make"]
+
+
 def overrides(line: str) -> list[str]:
     return [word for word in shlex.split(line)[1:] if "=" in word]
 
@@ -58,6 +77,22 @@ def test_every_command_composes(line):
     jobs = [override.split(",")[0] if " -m " in line else override for override in overrides(line)]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         assert compose("config", overrides=jobs).paths.artifacts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", SETTINGS, ids=" ".join)
+def test_every_setting_within_a_sentence_composes(words):
+    if "hydra/launcher=ray" in words:
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    # Routers of a table stand in a preset, and launchers are Hydra's own.
+    preset = [] if any(word.startswith("experiment=") for word in words) else ["experiment=quickstart"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert compose("config", overrides=[*preset, *(word for word in words if "=" in word)], return_hydra_config=True)
+
+
+@pytest.mark.parametrize("words", TARGETS, ids=" ".join)
+def test_every_make_target_within_a_sentence_exists(words):
+    assert subprocess.run([words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow

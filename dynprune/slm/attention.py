@@ -81,7 +81,8 @@ def folded_attention(
         and kwargs.get("position_bias") is None
         and kwargs.get("softcap") is None
     )
-    if plain and dropout == 0 and _is_trained(module, query_BHTw, key_BKSw, value_BKSw, attention_mask, kwargs.get("is_causal")):
+    is_causal = kwargs.get("is_causal")
+    if plain and dropout == 0 and _is_trained(module, query_BHTw, key_BKSw, value_BKSw, attention_mask, is_causal):
         blocks = _blocks(attention_mask, tokens, query_BHTw.dtype)
         if sum(batch * heads * mask_B1NC.shape[2] * len(seen_C) for seen_C, mask_B1NC in blocks) <= _MOST_WEIGHTS:
             return _written_out(query_BHTw, key_BKSw, value_BKSw, blocks, scaling), None

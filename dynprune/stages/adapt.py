@@ -31,7 +31,7 @@ from dynprune.stages.run import Run, digest, plain
 
 log = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 
 
 def adapt(run: Run) -> Artifact:

@@ -42,7 +42,7 @@ from dynprune.stages.run import Run, content_digest, once_a_run, plain
 
 log = logging.getLogger(__name__)
 VERSION = 2
-CONTEXT_VERSION = 2
+CONTEXT_VERSION = 3
 HARM_VERSION = 1
 _HELD_OUT_DRAWS = 4
 _FITS = ("distil", "ridge")
