@@ -75,7 +75,11 @@ def family(sizes: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [1, 4, 5, 12, 256])
 @pytest.mark.parametrize(
-    ("masked", "groups"), [("no", 3), ("by truth", 3), ("by numbers", 3), ("by truth", 1), ("family", 3), ("families", 1)]
+    ("masked", "groups"),
+    [
+        *[("no", 3), ("by truth", 3), ("by numbers", 3), ("by truth", 1)],
+        *[("family", 3), ("families", 1), ("for all tokens", 3)],
+    ],
 )
 def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypatch, masked, groups, block):
     monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", None)
@@ -87,6 +91,9 @@ def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypa
     if masked.startswith("by"):
         seen[1, 0, :, :3] = False
         seen[1, 0, :3, 0] = True
+    elif masked == "for all tokens":
+        seen = torch.rand(2, 1, 1, 12, generator=generator) < 0.5
+        seen[..., 5] = True
     elif masked == "families":
         seen = family([3, 4, 1, 4])
     elif masked == "family":
@@ -127,14 +134,21 @@ def test_written_out_it_makes_no_weight_of_what_no_token_of_a_block_sees(monkeyp
 
 
 @pytest.mark.parametrize("block", [2, 256])
-def test_a_row_that_sees_nothing_is_still_a_number_and_changes_no_other_one(monkeypatch, block):
+@pytest.mark.parametrize("kind", ["truth", "numbers", "float32", "infinity"])
+def test_a_row_that_sees_nothing_is_still_a_number_and_changes_no_other_one(monkeypatch, block, kind):
     monkeypatch.setattr(attention, "_BLOCK", block)
     inputs = [torch.randn(1, 2, 4, 8).bfloat16().requires_grad_() for _ in range(3)]
     seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     want, _ = folded_attention(layer(1), *inputs, seen)
     blind = seen.clone()
     blind[0, 0, :2] = False
-    got, _ = folded_attention(layer(1), *inputs, blind)
+    mask = {
+        "truth": blind,
+        "numbers": added_mask(blind, torch.bfloat16),
+        "float32": added_mask(blind, torch.float32),
+        "infinity": torch.zeros(blind.shape, dtype=torch.bfloat16).masked_fill(~blind, -torch.inf),
+    }[kind]
+    got, _ = folded_attention(layer(1), *inputs, mask)
     got[:, 2:].sum().backward()
     assert torch.equal(got[:, 2:], want[:, 2:])
     assert all(torch.isfinite(tensor.grad).all() for tensor in inputs)

@@ -41,18 +41,17 @@ TINY = [
 def inline(page: str) -> list[list[str]]:
     """The words of each piece of code within a sentence; what stands for something else, such as FOLDER, is given a name."""
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
-    filled = [
-        span.replace("FOLDER", "folder").replace("NAME", "name") for span in spans if not re.search(r"X|…|=$|\w\(|eval", span)
-    ]
-    return [shlex.split(span) for span in dict.fromkeys(filled)]
+    left = [span for span in spans if not re.search(r"X|…|=$|\w\(|^eval ", span)]
+    return [shlex.split(span.replace("FOLDER", "folder").replace("NAME", "name")) for span in dict.fromkeys(left)]
 
 
-INLINE = [*inline(README), *inline(TOUR)]
+INLINE = list(map(list, dict.fromkeys(map(tuple, [*inline(README), *inline(TOUR)]))))
 # Of what has an equals sign, environment variables, placeholders and the harness's own arguments are no keys.
 SETTINGS = [
     words
     for words in INLINE
-    if words[0] == "dynprune" or ("=" in words[0] and not re.match(r"[A-Z]|\+?key=|layers=", words[0]))
+    if any("=" in word for word in words)
+    and (words[0] == "dynprune" or ("=" in words[0] and not re.match(r"[A-Z]|\+?key=|layers=", words[0])))
 ]
 TARGETS = [words for words in INLINE if words[0] == "make"]
 

@@ -83,9 +83,10 @@ def folded_attention(
     )
     is_causal = kwargs.get("is_causal")
     if plain and dropout == 0 and _is_trained(module, query_BHTw, key_BKSw, value_BKSw, attention_mask, is_causal):
-        blocks = _blocks(attention_mask, tokens, query_BHTw.dtype)
-        if sum(batch * heads * mask_B1NC.shape[2] * len(seen_C) for seen_C, mask_B1NC in blocks) <= _MOST_WEIGHTS:
-            return _written_out(query_BHTw, key_BKSw, value_BKSw, blocks, scaling), None
+        seen = _seen_by_block(attention_mask, tokens)
+        sizes = [min(_BLOCK, tokens - start) for start in range(0, tokens, _BLOCK)]
+        if sum(batch * heads * size * len(seen_C) for size, seen_C in zip(sizes, seen, strict=True)) <= _MOST_WEIGHTS:
+            return _written_out(query_BHTw, key_BKSw, value_BKSw, attention_mask, seen, scaling), None
     # One token sees everything; of several, only a mask says what each of them sees.
     if not (plain and groups > 1 and tokens <= _FEW_TOKENS and (tokens == 1 or attention_mask is not None)):
         return sdpa_attention_forward(
@@ -119,44 +120,54 @@ def _is_trained(
     )
 
 
-def _blocks(mask_B1TS: Tensor | None, tokens: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """What is seen, block by block of new tokens: without a mask, each token sees itself and what comes before it.
-
-    Returns:
-        ``seen_C``, the tokens that some token of the block sees in some row, and ``mask_B1NC``, to be added to their scores.
-    """
+def _seen_by_block(mask_B1TS: Tensor | None, tokens: int) -> list[Tensor]:
+    """For each block of new tokens, the tokens that some of them sees in some row; without a mask, what comes before them."""
     if mask_B1TS is None:
-        mask_B1TS = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
-    blocks = []
-    for mask_B1NS in mask_B1TS.split(_BLOCK, dim=2):
-        seen_B1NS = mask_B1NS if mask_B1NS.dtype == torch.bool else mask_B1NS > torch.finfo(mask_B1NS.dtype).min
-        seen_C = seen_B1NS.flatten(0, -2).any(dim=0).nonzero().flatten()
-        mask_B1NC = mask_B1NS.index_select(3, seen_C)
-        blocks.append((seen_C, added_mask(mask_B1NC, dtype) if mask_B1NC.dtype == torch.bool else mask_B1NC))
-    return blocks
+        return [torch.arange(min(start + _BLOCK, tokens)) for start in range(0, tokens, _BLOCK)]
+    # A mask may be the same for all new tokens.
+    blocks = mask_B1TS.expand(-1, -1, tokens, -1).split(_BLOCK, dim=2)
+    return [_is_seen(mask_B1NS).flatten(0, -2).any(dim=0).nonzero().flatten() for mask_B1NS in blocks]
+
+
+def _is_seen(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
 
 
 def _written_out(
-    query_BHTw: Tensor, key_BKSw: Tensor, value_BKSw: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], scaling: float | None
+    query_BHTw: Tensor,
+    key_BKSw: Tensor,
+    value_BKSw: Tensor,
+    mask_B1TS: Tensor | None,
+    seen: Sequence[Tensor],
+    scaling: float | None,
 ) -> Tensor:
-    """Attention as products, for one block of `_blocks` after another.
+    """Attention as products, for one block of new tokens after another; ``seen`` is that of `_seen_by_block`.
 
     Returns:
         (B, T, H, w).
     """
-    shared, width = key_BKSw.shape[1], query_BHTw.shape[3]
+    shared, (tokens, width) = key_BKSw.shape[1], query_BHTw.shape[2:]
     query_BKGTw = (query_BHTw * (width**-0.5 if scaling is None else scaling)).unflatten(1, (shared, -1))
     outs_BKGNw = []
     # Autocast would take the softmax to float32, copy by copy; in bfloat16 it sums in float32 as well.
     with torch.autocast("cpu", enabled=False):
-        for query_BKGNw, (seen_C, mask_B1NC) in zip(query_BKGTw.split(_BLOCK, dim=3), blocks, strict=True):
-            groups_and_tokens = query_BKGNw.shape[2:4]
+        for places_N, seen_C in zip(torch.arange(tokens).split(_BLOCK), seen, strict=True):
+            if mask_B1TS is None:
+                mask_B1NC = (seen_C <= places_N[:, None])[None, None]
+            else:
+                mask_B1NC = mask_B1TS.expand(-1, -1, tokens, -1)[:, :, places_N[0] : places_N[-1] + 1].index_select(3, seen_C)
+            query_BKGNw = query_BKGTw[:, :, :, places_N[0] : places_N[-1] + 1]
             scores = query_BKGNw.flatten(2, 3) @ key_BKSw.index_select(2, seen_C).transpose(2, 3)
             # In place: neither the product nor the sum needs the scores without the mask to go backward.
-            weights_BKGNC = scores.unflatten(2, groups_and_tokens).add_(mask_B1NC[:, :, None]).softmax(dim=-1)
-            out = weights_BKGNC.flatten(2, 3) @ value_BKSw.index_select(2, seen_C)
-            outs_BKGNw.append(out.unflatten(2, groups_and_tokens))
+            scores_BKGNC = scores.unflatten(2, query_BKGNw.shape[2:4]).add_(_added(mask_B1NC, scores.dtype)[:, :, None])
+            weights = scores_BKGNC.softmax(dim=-1).flatten(2, 3)
+            outs_BKGNw.append((weights @ value_BKSw.index_select(2, seen_C)).unflatten(2, query_BKGNw.shape[2:4]))
     return torch.cat(outs_BKGNw, dim=3).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of any kind as one to add to scores of a dtype, whose lowest number stands for what is not seen."""
+    return added_mask(mask, dtype) if mask.dtype == torch.bool else mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
