@@ -114,8 +114,9 @@ def test_trained_in_bfloat16_it_has_the_values_and_gradients_of_float64(monkeypa
         torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("masked", ["by truth", "by numbers"])
 @pytest.mark.parametrize("sizes", [[12], [4, 4, 4], [2, 1, 5, 1, 3]])
-def test_written_out_it_makes_no_weight_of_what_no_token_of_a_block_sees(monkeypatch, sizes):
+def test_written_out_it_makes_no_weight_of_what_no_token_of_a_block_sees(monkeypatch, sizes, masked):
     monkeypatch.setattr(attention, "_BLOCK", 4)
     seen = family(sizes)[:1]
     counted = sum(4 * int(rows.any(dim=0).sum()) for rows in seen[0, 0].split(4))
@@ -129,7 +130,8 @@ def test_written_out_it_makes_no_weight_of_what_no_token_of_a_block_sees(monkeyp
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        folded_attention(layer(2), query, key, key, seen)
+        mask = seen if masked == "by truth" else added_mask(seen, torch.bfloat16)
+        folded_attention(layer(2), query, key, key, mask)
     assert sum({tensor.data_ptr(): tensor.numel() for tensor in saved}.values()) == 2 * counted
 
 

@@ -3,8 +3,8 @@
 Torch's kernel takes the query heads one after another, and each reads the keys and values that it shares with others anew; for
 a single token in bfloat16 it also falls back to a slow product. Folded, the heads that share keys and values are as many tokens
 of one head: one product for all of them, the same sums. In training in bfloat16, forward and backward, it takes longer than the
-products and the softmax that it stands for (1.5 to 2 times as long, measured on 2 cores at 512 to 1536 tokens), although these
-are made for what is not seen as well; written out block by block, they leave out what no token of a block sees.
+products and the softmax that it stands for, even where these are made for all pairs of tokens (1.5 to 2 times as long, measured
+on 2 cores at 512 to 1536 tokens). Here they are made block by block of new tokens, without what no token of a block sees.
 
 Shapes: B = batch, H = query heads, K = heads of keys and values, G = H / K, T = new tokens, S = all tokens, w = a head's width,
 N = new tokens of a block, C = tokens that some token of the block sees.
@@ -83,10 +83,11 @@ def folded_attention(
     )
     is_causal = kwargs.get("is_causal")
     if plain and dropout == 0 and _is_trained(module, query_BHTw, key_BKSw, value_BKSw, attention_mask, is_causal):
-        seen = _seen_by_block(attention_mask, tokens)
-        sizes = [min(_BLOCK, tokens - start) for start in range(0, tokens, _BLOCK)]
-        if sum(batch * heads * size * len(seen_C) for size, seen_C in zip(sizes, seen, strict=True)) <= _MOST_WEIGHTS:
-            return _written_out(query_BHTw, key_BKSw, value_BKSw, attention_mask, seen, scaling), None
+        # It may be the same for all new tokens.
+        mask_B1TS = None if attention_mask is None else attention_mask.expand(-1, -1, tokens, -1)
+        seen = _seen_by_block(mask_B1TS, tokens)
+        if batch * heads * sum((block.stop - block.start) * len(seen_C) for block, seen_C in seen) <= _MOST_WEIGHTS:
+            return _written_out(query_BHTw, key_BKSw, value_BKSw, mask_B1TS, seen, scaling), None
     # One token sees everything; of several, only a mask says what each of them sees.
     if not (plain and groups > 1 and tokens <= _FEW_TOKENS and (tokens == 1 or attention_mask is not None)):
         return sdpa_attention_forward(
@@ -120,13 +121,12 @@ def _is_trained(
     )
 
 
-def _seen_by_block(mask_B1TS: Tensor | None, tokens: int) -> list[Tensor]:
-    """For each block of new tokens, the tokens that some of them sees in some row; without a mask, what comes before them."""
+def _seen_by_block(mask_B1TS: Tensor | None, tokens: int) -> list[tuple[slice, Tensor]]:
+    """Blocks of new tokens, and for each what some of its tokens sees in some row; without a mask, what comes before them."""
+    blocks = [slice(start, min(start + _BLOCK, tokens)) for start in range(0, tokens, _BLOCK)]
     if mask_B1TS is None:
-        return [torch.arange(min(start + _BLOCK, tokens)) for start in range(0, tokens, _BLOCK)]
-    # A mask may be the same for all new tokens.
-    blocks = mask_B1TS.expand(-1, -1, tokens, -1).split(_BLOCK, dim=2)
-    return [_is_seen(mask_B1NS).flatten(0, -2).any(dim=0).nonzero().flatten() for mask_B1NS in blocks]
+        return [(block, torch.arange(block.stop)) for block in blocks]
+    return [(block, _is_seen(mask_B1TS[:, :, block]).flatten(0, -2).any(dim=0).nonzero().flatten()) for block in blocks]
 
 
 def _is_seen(mask: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def _written_out(
     key_BKSw: Tensor,
     value_BKSw: Tensor,
     mask_B1TS: Tensor | None,
-    seen: Sequence[Tensor],
+    seen: Sequence[tuple[slice, Tensor]],
     scaling: float | None,
 ) -> Tensor:
     """Attention as products, for one block of new tokens after another; ``seen`` is that of `_seen_by_block`.
@@ -151,12 +151,12 @@ def _written_out(
     outs_BKGNw = []
     # Autocast would take the softmax to float32, copy by copy; in bfloat16 it sums in float32 as well.
     with torch.autocast("cpu", enabled=False):
-        for places_N, seen_C in zip(torch.arange(tokens).split(_BLOCK), seen, strict=True):
+        for block, seen_C in seen:
             if mask_B1TS is None:
-                mask_B1NC = (seen_C <= places_N[:, None])[None, None]
+                mask_B1NC = (seen_C <= torch.arange(tokens)[block, None])[None, None]
             else:
-                mask_B1NC = mask_B1TS.expand(-1, -1, tokens, -1)[:, :, places_N[0] : places_N[-1] + 1].index_select(3, seen_C)
-            query_BKGNw = query_BKGTw[:, :, :, places_N[0] : places_N[-1] + 1]
+                mask_B1NC = mask_B1TS[:, :, block].index_select(3, seen_C)
+            query_BKGNw = query_BKGTw[:, :, :, block]
             scores = query_BKGNw.flatten(2, 3) @ key_BKSw.index_select(2, seen_C).transpose(2, 3)
             # In place: neither the product nor the sum needs the scores without the mask to go backward.
             scores_BKGNC = scores.unflatten(2, query_BKGNw.shape[2:4]).add_(_added(mask_B1NC, scores.dtype)[:, :, None])
