@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge
 
 from dynprune.adapters.checkpoint import adapters_folder, load_adapters, made_for, save_adapters, save_thesis_adapters
 from dynprune.adapters.distillation import Distillation, mse_loss, relative_loss
-from dynprune.adapters.ridge import fit_ridge
+from dynprune.adapters.ridge import fit_ridge, moments_for
 from dynprune.adapters.stack import AdapterStack
 from dynprune.data.datamodule import StreamData
 from dynprune.data.hidden_states import HiddenStateStream
@@ -98,7 +98,10 @@ def regression_data() -> torch.Tensor:
 
 def in_closed_form(states: torch.Tensor, bottleneck: int, ridge: float) -> AdapterStack:
     stack = AdapterStack(2, 6, bottleneck, activation="identity").requires_grad_(False).double()
-    fit_ridge(stack, states.split([20, 20, 10], dim=1), ridge)
+    moments = moments_for(stack)
+    for batch in states.split([20, 20, 10], dim=1):
+        moments.add(batch)
+    fit_ridge(stack, moments, ridge)
     return stack
 
 
@@ -149,11 +152,11 @@ def test_no_linear_adapter_of_that_rank_is_better_than_the_closed_form(bottlenec
 
 def test_what_cannot_be_solved_in_closed_form_is_refused():
     with pytest.raises(ValueError, match=r"adapter\.activation=identity"):
-        fit_ridge(AdapterStack(2, 6, 2), regression_data(), 0.1)
+        moments_for(AdapterStack(2, 6, 2))
     with pytest.raises(ValueError, match=r"adapter\.bottleneck=7"):
         in_closed_form(regression_data(), 7, 0.1)
     with pytest.raises(ValueError, match="no token"):
-        fit_ridge(AdapterStack(2, 6, 2, activation="identity"), iter(()), 0.1)
+        fit_ridge(linear := AdapterStack(2, 6, 2, activation="identity"), moments_for(linear), 0.1)
     with pytest.raises(ValueError, match=r"adapter\.activation='gelu'"):
         AdapterStack(2, 6, 2, activation="gelu")
 

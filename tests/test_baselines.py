@@ -10,12 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynprune.baselines.block_influence import block_influence, least_influential
+from dynprune.baselines.block_influence import block_influence, least_influential, summed_cosines
 from dynprune.baselines.by_embedding import LinearChoice, cluster, loss_regression, nearest_centroid
 from dynprune.baselines.oracle import oracle
 from dynprune.baselines.unsearched import last_layers, random_sets
 from dynprune.data.hidden_states import HiddenStateStream
 from dynprune.data.rollouts import Rollout
+
+
+def sums(states):
+    return [(summed_cosines(states_SNd), states_SNd.shape[1]) for states_SNd in states]
 
 
 def test_block_influence_is_what_hooks_on_each_layer_see_sample_by_sample(make_slm):
@@ -35,7 +39,7 @@ def test_block_influence_is_what_hooks_on_each_layer_see_sample_by_sample(make_s
         ]
         expected.append(1 - sum(cosines) / len(cosines))
     # Batches of several sequences with padding, which must not count.
-    influence_L = block_influence(HiddenStateStream(slm, sequences, batch_tokens=20, seed=None))
+    influence_L = block_influence(sums(HiddenStateStream(slm, sequences, batch_tokens=20, seed=None)))
     assert influence_L.tolist() == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == 5
     for size in range(1, 6):
@@ -47,7 +51,7 @@ def test_block_influence_of_states_with_known_angles():
     # Two tokens in one batch, one in another; layer 0 keeps the direction, layer 1 turns by 90°, by 180°, not at all.
     one = torch.stack([torch.stack([east, east]), torch.stack([3 * east, east]), torch.stack([north, west])])
     other = torch.stack([east, east, east])[:, None]
-    influence_L = block_influence([one, other])
+    influence_L = block_influence(sums([one, other]))
     assert influence_L.tolist() == pytest.approx([0, (1 + 2 + 0) / 3])
 
 

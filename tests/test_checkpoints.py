@@ -9,10 +9,12 @@ from tiny import composed
 
 from dynprune.adapters.context import ContextStream, ContextTraining
 from dynprune.data.datamodule import ResumableLoader, StreamData
+from dynprune.methods.base import RouterTraining
 from dynprune.slm.adaptation import Adaptation, AnswerData
 from dynprune.stages.adapt import adapt
 from dynprune.stages.adapters import adapters
 from dynprune.stages.checkpoints import StepCheckpoints
+from dynprune.stages.router import CURVE, router
 from dynprune.stages.run import Run
 
 # What is trained, by what, and where the weights are.
@@ -46,6 +48,18 @@ TRAININGS = {
             "evaluation.max_queries=1",
         ),
     ),
+    # With an encoder that learns, and has dropout.
+    "router": (
+        RouterTraining,
+        router,
+        "router/router.safetensors",
+        (
+            "method.epochs=2",
+            "method.batch_size=2",
+            "method.optimizer.lr=0.01",
+            "router.encoder.trainable=true",
+        ),
+    ),
 }
 
 
@@ -75,11 +89,16 @@ def run_of(name: str, folder: Path) -> Run:
     return Run(composed("experiment=tiny", f"stage={stage}", *paths, *TRAININGS[name][-1]))
 
 
-# Both go the same way; one of them will do where minutes count.
+# Adapters and deltas go the same way; one of them will do where minutes count.
 @pytest.mark.parametrize(
-    "name", [pytest.param("context", marks=pytest.mark.stages), pytest.param("adapt", marks=pytest.mark.slow)]
+    ("name", "waiting"),
+    [
+        pytest.param("context", 1, marks=pytest.mark.stages),
+        pytest.param("adapt", 1, marks=pytest.mark.slow),
+        pytest.param("router", 0, marks=pytest.mark.stages),
+    ],
 )
-def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkeypatch, name):
+def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkeypatch, name, waiting):
     training, stage, weights, _ = TRAININGS[name]
     monkeypatch.setattr(StepCheckpoints, "seconds", 0.0)
     with monkeypatch.context() as patch:
@@ -89,7 +108,7 @@ def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkey
     assert in_epoch > 4
     made = []
     # In the midst of the first epoch, with a gradient that waits for another one's; at its end; in the second one.
-    for stop_at in (3, in_epoch - 2, 1):
+    for stop_at in (3, in_epoch - 3 + waiting, 1):
         with monkeypatch.context() as patch:
             made.append(steps_of(training, patch, stop_at))
             with pytest.raises(Stopped):
@@ -98,10 +117,19 @@ def test_a_training_that_is_stopped_goes_on_with_the_next_batch(tmp_path, monkey
         made.append(steps_of(training, patch, None))
         stopped = stage(run_of(name, tmp_path / "stopped")).folder
     # A batch whose gradient waited for that of the next one is seen again, no other one.
-    assert made == [undisturbed[:3], undisturbed[2:in_epoch], undisturbed[in_epoch : in_epoch + 1], undisturbed[in_epoch:]]
+    assert made == [
+        undisturbed[:3],
+        undisturbed[3 - waiting : in_epoch],
+        undisturbed[in_epoch : in_epoch + 1],
+        undisturbed[in_epoch + 1 - waiting :],
+    ]
     assert load_file(stopped / weights).keys() == whole.keys()
     assert all(torch.equal(value, whole[key]) for key, value in load_file(stopped / weights).items())
     assert not list(stopped.rglob("step.ckpt"))
+    if name == "router":
+        curves = [next(tmp_path.glob(f"{run}/artifacts/router/*/{CURVE}")).read_text() for run in ("whole", "stopped")]
+        assert curves[0] == curves[1]
+        assert curves[0].count("\n") == 3
 
 
 @pytest.mark.slow

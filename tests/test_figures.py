@@ -1,10 +1,12 @@
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ from dynprune.evaluation.parts import AdapterPart
 from dynprune.evaluation.statistics import Interval, MedianInterval, mean_interval
 from dynprune.evaluation.style import row_color
 from dynprune.evaluation.table import SCORES, TableRow
-from dynprune.evaluation.training_curves import TrainingCurve, build_training_curves, read_curve
+from dynprune.evaluation.training_curves import CurveNotes, TrainingCurve, build_training_curves, read_curve
 
 
 def make_row(name, layers, accuracy, speedup, nominal):
@@ -416,11 +418,31 @@ def test_training_curves_need_a_router():
         build_training_curves({})
 
 
-def test_a_curve_is_read_epoch_by_epoch_from_what_lightning_logged(tmp_path):
-    (tmp_path / "metrics.csv").write_text(
-        "epoch,step,train/loss,validation/loss,validation/rewards/accuracies\n"
-        "0,0,0.8,,\n0,1,0.6,,\n0,1,,0.65,0.5\n1,2,0.5,,\n1,2,,0.6,0.75\n"
-        # The best checkpoint is validated once more, and an epoch may have been cut off.
-        "2,3,,0.6,0.75\n3,4,0.1,,\n"
-    )
-    assert read_curve(tmp_path / "metrics.csv") == TrainingCurve([0, 1], [pytest.approx(0.7), 0.5], [0.65, 0.6], [0.5, 0.75])
+def test_a_curve_is_noted_epoch_by_epoch_and_comes_back_from_a_checkpoint(tmp_path):
+    def trainer(epoch=0, function="fit", sanity_checking=False, **metrics):
+        state = SimpleNamespace(fn=function)
+        return SimpleNamespace(current_epoch=epoch, state=state, sanity_checking=sanity_checking, callback_metrics=metrics)
+
+    def step(notes, loss):
+        notes.on_train_batch_end(trainer(**{"train/loss": torch.tensor(loss)}), None, None, None, 0)
+
+    def validation(notes, epoch, loss, order, **state):
+        metrics = {"validation/loss": torch.tensor(loss), "validation/rewards/accuracies": torch.tensor(order)}
+        notes.on_validation_end(trainer(epoch, **state, **metrics), None)
+
+    before = CurveNotes()
+    validation(before, 0, 9.0, 0.0, sanity_checking=True)
+    step(before, 0.75)
+    step(before, 0.5)
+    validation(before, 0, 0.625, 0.5)
+    step(before, 0.5)
+    after, state = CurveNotes(), before.state_dict()
+    # What is made after the checkpoint is no part of it.
+    step(before, 7.0)
+    after.load_state_dict(state)
+    step(after, 0.25)
+    validation(after, 1, 0.25, 0.75)
+    # The best checkpoint is validated once more.
+    validation(after, 2, 0.25, 0.75, function="validate")
+    after.write(tmp_path / "curve.csv")
+    assert read_curve(tmp_path / "curve.csv") == TrainingCurve([0, 1], [0.625, 0.375], [0.625, 0.25], [0.5, 0.75])

@@ -8,22 +8,27 @@ import pytest
 from tiny import composed
 
 import dynprune.stages.adapters as adapters_stage
+import dynprune.stages.baselines as baselines_stage
 import dynprune.stages.evaluate as evaluate_stage
 import dynprune.stages.samples as samples_stage
 import dynprune.stages.searched_sets as searched_sets
 from dynprune import atomic
 from dynprune.atomic import replacing
 from dynprune.stages.adapters import adapters, harm
+from dynprune.stages.baselines import baseline_rows
+from dynprune.stages.checkpoints import StepCheckpoints
 from dynprune.stages.evaluate import evaluate
 from dynprune.stages.run import Run
 
 pytestmark = pytest.mark.stages
 
 BASELINES = "evaluation.baselines.static_accuracy={sizes:[1,2,3],finalists:2,max_queries:3}"
+INFLUENCE = "evaluation.baselines.block_influence={sizes:[1],batch_tokens:400}"
 STAGES = {
     "harm": (adapters_stage, lambda run: harm(run, adapters(run)), "harm*.json", "harm.json"),
     "static": (searched_sets, searched_sets.static_sets, "sets.json", "sets.json"),
     "static_accuracy": (searched_sets, searched_sets.accurate_sets, "sets.json", "sets.json"),
+    "block_influence": (baselines_stage, lambda run: list(baseline_rows(run)), "cosines*.json", "influence.json"),
 }
 
 
@@ -76,9 +81,10 @@ def until_done(build) -> int:
 def test_what_is_measured_is_kept(tmp_path, monkeypatch, stopped, name):
     monkeypatch.setattr("dynprune.slm.likelihood.tokens_at_once", lambda slm: 100)
     stage, build, pattern, target = STAGES[name]
-    build(run_of(tmp_path / "whole", BASELINES, "evaluation.static=[1,2,3]"))
+    typed = [BASELINES, INFLUENCE, "evaluation.static=[1,2,3]"]
+    build(run_of(tmp_path / "whole", *typed))
     stops = stopped(stage, pattern)
-    number = until_done(lambda: build(run_of(tmp_path / "stopped", BASELINES, "evaluation.static=[1,2,3]")))
+    number = until_done(lambda: build(run_of(tmp_path / "stopped", *typed)))
     assert number > 2
     assert number == stops.total()
     # One file grows by a set each time; the others are written once each.
@@ -86,6 +92,18 @@ def test_what_is_measured_is_kept(tmp_path, monkeypatch, stopped, name):
     places = [next((tmp_path / folder / "artifacts" / name).glob(f"*/{target}")) for folder in ("whole", "stopped")]
     assert places[0].read_bytes() == places[1].read_bytes()
     assert {path.name for path in places[1].parent.iterdir()} == {target, "manifest.json"}
+
+
+def test_moments_of_adapters_in_closed_form_are_added_up_once(tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(StepCheckpoints, "seconds", 0.0)
+    typed = ["adapter.batch_tokens=400", "adapter.sink=true"]
+    whole = adapters(run_of(tmp_path / "whole", *typed)).folder
+    stops = stopped(adapters_stage, "moments.safetensors")
+    number = until_done(lambda: adapters(run_of(tmp_path / "stopped", *typed)))
+    assert number == stops.total() > 2
+    [found] = (tmp_path / "stopped/artifacts/adapters").glob("*/adapters.safetensors")
+    assert found.read_bytes() == (whole / "adapters.safetensors").read_bytes()
+    assert not (found.parent / "moments.safetensors").exists()
 
 
 def test_queries_that_are_timed_are_timed_once(tmp_path, stopped):

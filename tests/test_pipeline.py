@@ -410,7 +410,7 @@ def test_a_router_learns_a_few_queries_by_heart(tiny, run_here):
     before = {m["fingerprint"] for m in manifests(folder, "router")}
     run_here("overfit", "debug=overfit", "stage=router")
     [made] = {m["fingerprint"] for m in manifests(folder, "router")} - before
-    losses = read_curve(folder / "outputs/artifacts/router" / made / "curve/metrics.csv").training_loss
+    losses = read_curve(folder / "outputs/artifacts/router" / made / "curve.csv").training_loss
     # DPO starts at the loss of a guess.
     assert losses[0] == pytest.approx(math.log(2), rel=0.1)
     assert losses[-1] < 0.01

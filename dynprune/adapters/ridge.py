@@ -12,7 +12,7 @@ ReplaceMe (Shopkhoev et al., 2025).
 Shapes: L = layers, S = L + 1 states, N = tokens, d = hidden size, b = bottleneck.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -25,12 +25,13 @@ class Moments:
     """First and second moments of the inputs and residuals of all layers.
 
     Attributes:
-        count: How many tokens were added.
+        batches: How many batches were added.
+        count: How many tokens.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, device: torch.device) -> None:
         """Starts at zero."""
-        self.count = 0
+        self.batches = self.count = 0
         self._x_Ld = torch.zeros(num_layers, hidden_size, dtype=torch.float64, device=device)
         self._r_Ld = torch.zeros_like(self._x_Ld)
         self._xx_Ldd = torch.zeros(num_layers, hidden_size, hidden_size, dtype=torch.float64, device=device)
@@ -46,7 +47,19 @@ class Moments:
             self._r_Ld[index] += r_Nd.sum(dim=0)
             self._xx_Ldd[index].addmm_(x_Nd.T, x_Nd)
             self._rx_Ldd[index].addmm_(r_Nd.T, x_Nd)
+        self.batches += 1
         self.count += states_SNd.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that they hold, for `load`."""
+        counts = torch.tensor([self.batches, self.count])
+        return {"counts": counts, "x": self._x_Ld, "r": self._r_Ld, "xx": self._xx_Ldd, "rx": self._rx_Ldd}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what others of the same size held."""
+        self.batches, self.count = tensors["counts"].tolist()
+        for name, value in self.tensors().items():
+            value.copy_(tensors[name])
 
     def solve(self, index: int, bottleneck: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         """The best adapter of one layer.
@@ -75,17 +88,16 @@ class Moments:
         return down_bd, up_db, mean_r_d - up_db @ (down_bd @ mean_x_d)
 
 
-@torch.no_grad()
-def fit_ridge(adapters: AdapterStack, states: Iterable[Tensor], ridge: float) -> None:
-    """Sets all adapters to the best linear ones.
+def moments_for(adapters: AdapterStack) -> Moments:
+    """Moments for `fit_ridge`, to which the states of the teacher are to be added batch by batch.
+
+    Without the first tokens where these are treated apart.
 
     Args:
-        adapters: The adapters, with ``activation`` identity; what they held is lost. It is computed on their device.
-        states: ``states_SNd`` of the teacher, batch by batch; without the first tokens where these are treated apart.
-        ridge: See `Moments.solve`.
+        adapters: The adapters to fit, on whose device it is computed.
 
     Raises:
-        ValueError: If the adapters are not linear, have a bottleneck above their width, or there are no tokens.
+        ValueError: If the adapters are not linear, or have a bottleneck above their width.
     """
     if adapters.activation != "identity":
         raise ValueError(
@@ -97,9 +109,21 @@ def fit_ridge(adapters: AdapterStack, states: Iterable[Tensor], ridge: float) ->
             f"adapter.bottleneck={adapters.bottleneck} is above the SLM's width; allowed with adapter.fit=ridge: 1 to "
             f"{adapters.hidden_size}"
         )
-    moments = Moments(adapters.num_layers, adapters.hidden_size, adapters.down_Lbd.device)
-    for states_SNd in states:
-        moments.add(states_SNd)
+    return Moments(adapters.num_layers, adapters.hidden_size, adapters.down_Lbd.device)
+
+
+@torch.no_grad()
+def fit_ridge(adapters: AdapterStack, moments: Moments, ridge: float) -> None:
+    """Sets all adapters to the best linear ones.
+
+    Args:
+        adapters: The adapters; what they held is lost.
+        moments: From `moments_for` of these adapters.
+        ridge: See `Moments.solve`.
+
+    Raises:
+        ValueError: If there are no tokens.
+    """
     adapters.down_bias_Lb.zero_()
     for index in range(adapters.num_layers):
         adapters.down_Lbd[index], adapters.up_Ldb[index], adapters.up_bias_Ld[index] = moments.solve(

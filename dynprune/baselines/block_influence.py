@@ -12,21 +12,33 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def block_influence(states: Iterable[Tensor]) -> Tensor:
-    """The influence of each layer in the unpruned SLM.
+def summed_cosines(states_SNd: Tensor) -> Tensor:
+    """How alike the states are before and after each layer.
 
     Args:
-        states: ``states_SNd`` of some batches, as `HiddenStateStream` gives them: entry i is the input of layer i, entry
-            i + 1 its output.
+        states_SNd: Those of a batch in the unpruned SLM, as `HiddenStateStream` gives them: entry i is the input of layer i,
+            entry i + 1 its output.
+
+    Returns:
+        cosine_L, each the sum over N tokens, in float64.
+    """
+    wide_SNd = states_SNd.double()
+    return functional.cosine_similarity(wide_SNd[:-1], wide_SNd[1:], dim=-1).sum(dim=1).cpu()
+
+
+def block_influence(cosines: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """The influence of each layer.
+
+    Args:
+        cosines: Of each batch, `summed_cosines` and N.
 
     Returns:
         influence_L, 0..2: 0 for a layer that changes no direction. ShortGPT prunes the layers with the lowest.
     """
     total_L, tokens = torch.zeros(()), 0
-    for states_SNd in states:
-        wide_SNd = states_SNd.double()
-        total_L = total_L + functional.cosine_similarity(wide_SNd[:-1], wide_SNd[1:], dim=-1).sum(dim=1).cpu()
-        tokens += states_SNd.shape[1]
+    for cosine_L, number in cosines:
+        total_L = total_L + cosine_L
+        tokens += number
     assert tokens, "the influence of a layer is a mean over tokens"
     return 1 - total_L / tokens
 

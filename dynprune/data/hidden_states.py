@@ -57,8 +57,12 @@ class HiddenStateStream(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         """Runs the teacher over the batches."""
-        for position in self._order(self._epoch):
-            yield self._states(self._batches[position])
+        for number in range(len(self)):
+            yield self.batch(self._epoch, number)
+
+    def batch(self, epoch: int, number: int) -> Tensor:
+        """The states of a batch, by its epoch and its number in it."""
+        return self._states(self.sequences(epoch, number))
 
     def sequences(self, epoch: int, number: int) -> list[Sequence[int]]:
         """The sequences of a batch, by its epoch and its number in it."""

@@ -1,4 +1,4 @@
-"""How routers learned, by what Lightning's CSV logger left: losses and order of held-out pairs by epoch, and their figure."""
+"""How routers learned: losses and order of held-out pairs by epoch, noted in training, as a file, and their figure."""
 
 import csv
 import math
@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import lightning
 import matplotlib
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dynprune.atomic import replacing
 from dynprune.evaluation.style import DPI, GREY, INK, WIDTH, finish_axes, row_color, save, write_title
 
-METRICS = "metrics.csv"
 # Letters of a line over a panel.
 _LONGEST_TITLE = 30
-_TRAINING, _VALIDATION, _ORDER = "train/loss", "validation/loss", "validation/rewards/accuracies"
+_EPOCH, _TRAINING, _VALIDATION, _ORDER = "epoch", "train/loss", "validation/loss", "validation/rewards/accuracies"
 
 
 @dataclass(frozen=True)
@@ -39,30 +43,58 @@ class TrainingCurve:
     preference_accuracy: Sequence[float]
 
 
+class CurveNotes(Callback):
+    """Notes a training's curve. It is a part of the checkpoints, so that a training that goes on has all of it."""
+
+    def __init__(self) -> None:
+        """Begins without an epoch."""
+        self._epochs: list[dict[str, float]] = []
+        self._losses: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is noted so far."""
+        return {"epochs": list(self._epochs), "losses": list(self._losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with what was noted."""
+        self._epochs, self._losses = list(state_dict["epochs"]), list(state_dict["losses"])
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes a step's loss."""
+        self._losses.append(float(trainer.callback_metrics[_TRAINING]))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Notes an epoch; the validations before the first and after the last one are none."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        held_out = {name: float(trainer.callback_metrics[name]) for name in (_VALIDATION, _ORDER)}
+        self._epochs.append({_EPOCH: trainer.current_epoch, _TRAINING: fmean(self._losses), **held_out})
+        self._losses = []
+
+    def write(self, path: Path) -> None:
+        """Writes the curve, a line for each epoch.
+
+        Args:
+            path: The file, for `read_curve`.
+        """
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [_EPOCH, _TRAINING, _VALIDATION, _ORDER], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._epochs)
+
+
 def read_curve(path: Path) -> TrainingCurve:
-    """Reads what a training logged.
+    """Reads what `CurveNotes` wrote.
 
     Args:
-        path: A file of Lightning's CSV logger.
-
-    Returns:
-        The epochs that ran to their end. What was logged after the last one, when the best checkpoint was validated once more,
-        is no epoch.
+        path: The file.
     """
-    logged: dict[int, dict[str, list[float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            of_epoch = logged.setdefault(int(line["epoch"]), {})
-            for name in (_TRAINING, _VALIDATION, _ORDER):
-                if line.get(name):
-                    of_epoch.setdefault(name, []).append(float(line[name]))
-    complete = {epoch: values for epoch, values in sorted(logged.items()) if len(values) == 3}
-    return TrainingCurve(
-        list(complete),
-        [fmean(values[_TRAINING]) for values in complete.values()],
-        [values[_VALIDATION][0] for values in complete.values()],
-        [values[_ORDER][0] for values in complete.values()],
-    )
+        lines = list(csv.DictReader(file))
+    columns = ([float(line[name]) for line in lines] for name in (_TRAINING, _VALIDATION, _ORDER))
+    return TrainingCurve([int(line[_EPOCH]) for line in lines], *columns)
 
 
 def build_training_curves(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:

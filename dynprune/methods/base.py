@@ -75,6 +75,8 @@ class RouterTraining(lightning.LightningModule):
             has_reference: Whether a frozen copy of the router as it is given is kept, for `reference_outputs`.
         """
         super().__init__()
+        # A checkpoint holds what is trained alone.
+        self.strict_loading = False
         self.router = router
         self.policy = policy
         self._optimizer = optimizer

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dynprune.artifacts import Artifact
-from dynprune.atomic import replacing
-from dynprune.baselines.block_influence import block_influence, least_influential
+from dynprune.atomic import Pieces, replacing
+from dynprune.baselines.block_influence import block_influence, least_influential, summed_cosines
 from dynprune.baselines.by_embedding import Array, LinearChoice, loss_regression, nearest_centroid
 from dynprune.baselines.oracle import oracle
 from dynprune.baselines.unsearched import last_layers, random_sets
@@ -35,6 +36,7 @@ from dynprune.stages.searched_sets import accurate_sets, library_losses, library
 from dynprune.stages.sizes import possible, sizes_of
 
 VERSION = 1
+_INFLUENCE = "influence.json"
 
 
 def baseline_rows(run: Run) -> Iterator[Row]:
@@ -66,17 +68,37 @@ def _block_influence(run: Run, sizes: Sequence[int]) -> Iterator[Row]:
     def build(folder: Path) -> dict[str, Any]:
         sequences = [[*prompt, *answer] for prompt, answer in map(run.tokens, queries)]
         stream = HiddenStateStream(run.slm, sequences, batch_tokens, None)
-        influence_L = block_influence(track(stream, "measuring block influence", len(stream)))
-        with replacing(folder / "influence.json") as path:
-            path.write_text(json.dumps(influence_L.tolist()), encoding="utf-8")
+        pieces = Pieces(folder, "cosines")
+        if not (folder / _INFLUENCE).exists():
+            influence_L = block_influence(_cosines(stream, pieces))
+            with replacing(folder / _INFLUENCE) as path:
+                path.write_text(json.dumps(influence_L.tolist()), encoding="utf-8")
+        pieces.remove()
         return {"queries": len(queries), "tokens": sum(map(len, sequences))}
 
     # That of the unpruned SLM, in which there are no adapters.
     config = {"model": run.model_identity, "batch_tokens": batch_tokens}
-    artifact = run.store.get_or_build("block_influence", VERSION, config, digest(queries), {}, build, resumable=False)
-    influence_L = torch.tensor(json.loads((artifact.folder / "influence.json").read_text(encoding="utf-8")), dtype=torch.double)
+    artifact = run.store.get_or_build("block_influence", VERSION, config, digest(queries), {}, build, resumable=True)
+    influence_L = torch.tensor(json.loads((artifact.folder / _INFLUENCE).read_text(encoding="utf-8")), dtype=torch.double)
     for size in sizes:
         yield _fixed("block_influence", str(size), least_influential(influence_L, size))
+
+
+def _cosines(stream: HiddenStateStream, pieces: Pieces) -> Iterator[tuple[Tensor, int]]:
+    """Of each batch, how alike the states are before and after each layer, and its tokens; it can be stopped."""
+    measured: dict[int, tuple[list[float], int]] = {}
+    for piece in pieces.read():
+        number, cosine_L, tokens = json.loads(piece)
+        measured[number] = cosine_L, tokens
+    left = [number for number in range(len(stream)) if number not in measured]
+    for number in track(left, "measuring block influence", len(left)):
+        states_SNd = stream.batch(0, number)
+        measured[number] = summed_cosines(states_SNd).tolist(), states_SNd.shape[1]
+        pieces.add(json.dumps([number, *measured[number]]))
+    # In one order, however often it was stopped: sums of floats hang on it.
+    for number in range(len(stream)):
+        cosine_L, tokens = measured[number]
+        yield torch.tensor(cosine_L, dtype=torch.double), tokens
 
 
 def _last(run: Run, sizes: Sequence[int]) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """Lightning's checkpoints, each written as a whole or not at all, as all that a run goes on from."""
 
+import random
 import shutil
 import time
 from pathlib import Path
@@ -30,6 +31,24 @@ class WholeCheckpoints(TorchCheckpointIO):
         """
         with replacing(Path(path)) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+class StepSeeds(Callback):
+    """Seeds each step by its place, so that what is random in it, dropout for example, does not hang on where it went on."""
+
+    def __init__(self, seed: int) -> None:
+        """Binds the seed.
+
+        Args:
+            seed: The training's.
+        """
+        self._seed = seed
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seeds torch's generators, on all devices."""
+        torch.manual_seed(random.Random(f"{self._seed}-{trainer.current_epoch}-{batch_idx}").getrandbits(63))
 
 
 class StepCheckpoints(Callback):
@@ -108,8 +127,8 @@ def last_of(folder: Path) -> Path | None:
     return next((path for path in (folder / _STEP, folder / "last.ckpt") if path.exists()), None)
 
 
-def best_state(checkpoint: ModelCheckpoint) -> dict[str, Any]:
-    """The state of the best checkpoint of a training that has ended.
+def best_of(checkpoint: ModelCheckpoint) -> dict[str, Any]:
+    """The best checkpoint of a training that has ended.
 
     Raises:
         ValueError: If it is gone, since it was damaged before the training went on; then the others are removed too, and the
@@ -122,5 +141,5 @@ def best_state(checkpoint: ModelCheckpoint) -> dict[str, Any]:
             f"the training went on without its best checkpoint, {best}, which had been damaged; {best.parent} is removed: type "
             "the same command again, which trains anew"
         )
-    state: dict[str, Any] = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-    return state
+    found: dict[str, Any] = torch.load(best, map_location="cpu", weights_only=True)
+    return found

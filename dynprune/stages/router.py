@@ -11,8 +11,6 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from dynprune.artifacts import Artifact
@@ -22,7 +20,7 @@ from dynprune.data.rollouts import Rollout, completed_ids
 from dynprune.data.streams import PairStream, RolloutStream
 from dynprune.data.tasks import Query
 from dynprune.evaluation.parts import RouterPart
-from dynprune.evaluation.training_curves import METRICS, TrainingCurve, read_curve
+from dynprune.evaluation.training_curves import CurveNotes, TrainingCurve, read_curve
 from dynprune.methods.base import RouterTraining
 from dynprune.router.budget import CountRule, likeliest
 from dynprune.router.checkpoint import ROUTER_FILES, load_router, save_router
@@ -33,16 +31,17 @@ from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import Policy, ValuePolicy, build_policy
 from dynprune.router.router import Router
 from dynprune.slm.loading import is_another
+from dynprune.stages.checkpoints import StepCheckpoints, StepSeeds, best_of, epoch_checkpoints, last_of
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.part_report import report_parts
 from dynprune.stages.run import Run, content_digest, plain
 
 log = logging.getLogger(__name__)
-VERSION = 4
+VERSION = 5
 _MONITORED = "validation/loss"
 ROUTER = "router"
-CURVE = f"curve/{METRICS}"
+CURVE = "curve.csv"
 """Where an artifact keeps how its router learned."""
 
 
@@ -111,7 +110,7 @@ def router(run: Run, method: DictConfig | None = None, seed: int | None = None) 
         return _train(run, method, seed, folder, source, held_out, start)
 
     return run.store.get_or_build(
-        "router", VERSION, config, {}, upstream, build, resumable=False, distributed=hardware.devices != 1
+        "router", VERSION, config, {}, upstream, build, resumable=hardware.devices == 1, distributed=hardware.devices != 1
     )
 
 
@@ -133,23 +132,25 @@ def _train(
     run: Run, method: DictConfig, seed: int, folder: Path, source: Artifact, held_out: Artifact, start: Artifact | None
 ) -> dict[str, Any]:
     hardware = run.config.hardware.trainer
+    # Processes that train together have clocks of their own, by which each would write checkpoints at another step.
+    alone = hardware.devices == 1
     lightning.seed_everything(seed, workers=True)
     module = new_training(run, method, None if start is None else load_router(start.folder / ROUTER, run.slm)[0].train())
     network, policy = module.router, module.policy
-    checkpoint = ModelCheckpoint(folder / "checkpoints", monitor=_MONITORED, mode="min", save_top_k=1)
+    places = folder / "checkpoints"
+    curve = CurveNotes()
+    checkpoint = epoch_checkpoints(places, monitor=_MONITORED, mode="min", save_top_k=1)
     trainer = run.trainer(
         f"router-{method.name}",
         folder,
-        [checkpoint],
-        # Beside the run's own loggers: whoever uses the router again can see how it learned.
-        [CSVLogger(folder, name=None, version=Path(CURVE).parent.name)],
+        [StepSeeds(seed), curve, checkpoint, *([StepCheckpoints(places)] if alone else [])],
         max_epochs=method.epochs,
         devices=hardware.devices,
         strategy=hardware.strategy,
     )
     data = _data(run, method, seed, source, held_out, network, policy)
-    trainer.fit(module, data)
-    best = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
+    trainer.fit(module, data, ckpt_path=last_of(places) if alone else None)
+    best = best_of(checkpoint)
     # What training does not change is not in it.
     unexpected = module.load_state_dict(best["state_dict"], strict=False).unexpected_keys
     assert not unexpected, f"the checkpoint has {unexpected}"
@@ -158,6 +159,7 @@ def _train(
     preferred = float(trainer.callback_metrics["validation/rewards/accuracies"])
     if not trainer.is_global_zero:
         return {}
+    curve.write(folder / CURVE)
     save_router(network, folder / ROUTER, {"policy": policy.config(), "slm": run.slm.name, "method": method.name})
     return {
         "best_epoch": int(best["epoch"]),
@@ -223,6 +225,7 @@ def _data(
         validation,
         batch_size=method.batch_size,
         collate=_collate(RouterInputs(network, texts)),
+        resumable=run.config.hardware.trainer.devices == 1,
     )
 
 

@@ -240,7 +240,6 @@ class Run:
         name: str,
         folder: Path,
         callbacks: Sequence[Callback],
-        loggers: Sequence[Logger] = (),
         ids_of: IdsOf = stated_ids,
         **changes: Any,
     ) -> lightning.Trainer:
@@ -250,7 +249,6 @@ class Run:
             name: What is trained, for the loggers.
             folder: Where checkpoints go by default.
             callbacks: Callbacks beside the progress bar and the one that ends a training whose loss is no number.
-            loggers: Loggers beside those of the run's configuration.
             ids_of: See `FiniteLoss`.
             changes: Arguments of the trainer that are the stage's own.
         """
@@ -264,7 +262,7 @@ class Run:
         arguments = {**hardware, "devices": 1, "strategy": "auto", **changes}
         return lightning.Trainer(
             default_root_dir=folder,
-            logger=[*configured, *loggers] or False,
+            logger=configured or False,
             callbacks=[TrainingBar(), FiniteLoss(name, ids_of), *callbacks],
             plugins=[WholeCheckpoints()],
             enable_model_summary=False,
