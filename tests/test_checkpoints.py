@@ -1,11 +1,13 @@
-"""Trainings that are stopped in the midst of an epoch: they go on with the next batch and end as undisturbed ones do."""
+"""Trainings that are stopped: they go on with the next batch, or epoch, and end as undisturbed ones do."""
 
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import composed
+from torch.utils.data import DataLoader
 
 from dynprune.adapters.context import ContextStream, ContextTraining
 from dynprune.data.datamodule import ResumableLoader, StreamData
@@ -13,7 +15,15 @@ from dynprune.methods.base import RouterTraining
 from dynprune.slm.adaptation import Adaptation, AnswerData
 from dynprune.stages.adapt import adapt
 from dynprune.stages.adapters import adapters
-from dynprune.stages.checkpoints import StepCheckpoints
+from dynprune.stages.checkpoints import (
+    BestCheckpoint,
+    StepCheckpoints,
+    WholeCheckpoints,
+    best_of,
+    epoch_checkpoints,
+    last_of,
+    remove_last,
+)
 from dynprune.stages.router import CURVE, router
 from dynprune.stages.run import Run
 
@@ -167,6 +177,59 @@ def test_a_training_that_is_stopped_between_two_epochs_goes_on_from_there_and_fr
     assert rest == undisturbed[in_epoch * ((undisturbed.index(again[-1]) + 1) // in_epoch) :]
     assert all(torch.equal(value, whole[key]) for key, value in load_file(folder / weights).items())
     assert not list(folder.rglob("*-v1.ckpt"))
+
+
+class Worsening(lightning.LightningModule):
+    """Its first epoch is the best one."""
+
+    def __init__(self, stop_in: int | None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.stop_in = stop_in
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == self.stop_in:
+            raise Stopped
+        return -self.weight
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.weight)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def train_dataloader(self):
+        return DataLoader(range(1))
+
+    def val_dataloader(self):
+        return DataLoader(range(1))
+
+
+def fit(folder: Path, stop_in: int | None) -> tuple[BestCheckpoint, lightning.Trainer]:
+    best = BestCheckpoint(folder, "loss")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    callbacks = [best, epoch_checkpoints(folder)]
+    trainer = lightning.Trainer(max_epochs=4, callbacks=callbacks, plugins=[WholeCheckpoints()], **quiet)
+    trainer.fit(Worsening(stop_in), ckpt_path=last_of(folder))
+    return best, trainer
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_training_goes_on_after_its_last_epoch_and_not_after_its_best_one(tmp_path, moved):
+    first, second = tmp_path / "first", tmp_path / ("second" if moved else "first")
+    with pytest.raises(Stopped):
+        fit(first, 3)
+    assert {path.name for path in first.iterdir()} == {"epoch=0-step=1.ckpt", "last.ckpt"}
+    first.rename(second)
+    best, trainer = fit(second, 1)
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 4
+    assert Path(best.best_model_path) == second / "epoch=0-step=1.ckpt"
+    found = best_of(best)
+    assert (found["epoch"], found["state_dict"]["weight"].item(), float(best.best_model_score)) == (0, 1.0, 1.0)
+    # Once it has ended, it goes on to nothing.
+    fit(second, 3)
+    remove_last(second)
+    assert [path.name for path in second.iterdir()] == ["epoch=0-step=1.ckpt"]
 
 
 def test_a_loader_goes_on_after_what_it_gave_out():

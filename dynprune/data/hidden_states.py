@@ -57,8 +57,8 @@ class HiddenStateStream(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         """Runs the teacher over the batches."""
-        for number in range(len(self)):
-            yield self.batch(self._epoch, number)
+        for position in self._order(self._epoch):
+            yield self._states(self._batches[position])
 
     def batch(self, epoch: int, number: int) -> Tensor:
         """The states of a batch, by its epoch and its number in it."""

@@ -37,7 +37,7 @@ from dynprune.slm.likelihood import Answered, score_configurations, similar_samp
 from dynprune.slm.loading import SLM, is_another
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.answers import answers, split_answers
-from dynprune.stages.checkpoints import StepCheckpoints, best_of, epoch_checkpoints, last_of
+from dynprune.stages.checkpoints import BestCheckpoint, StepCheckpoints, best_of, epoch_checkpoints, last_of, remove_last
 from dynprune.stages.part_report import report_parts
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, once_a_run, plain
@@ -182,6 +182,7 @@ def _fitted(run: Run) -> Artifact:
         trainer.validate(module, data, verbose=False)
         _save(run, stack, module, folder)
         (folder / _MOMENTS).unlink(missing_ok=True)
+        remove_last(folder / "checkpoints")
         return {
             "training": len(training),
             "validation": len(validation),
@@ -214,11 +215,12 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
             [ContextStream(validation * _HELD_OUT_DRAWS, draw, settings.micro_batch_size, run.config.adapter.seed)],
             resumable=True,
         )
-        best = epoch_checkpoints(folder / "checkpoints", monitor="validation/kl", mode="min", save_top_k=1)
+        places = folder / "checkpoints"
+        best = BestCheckpoint(places, "validation/kl")
         trainer = run.trainer(
             "context",
             folder,
-            [best, StepCheckpoints(folder / "checkpoints")],
+            [best, epoch_checkpoints(places), StepCheckpoints(places)],
             ids_of=lambda batch, epoch, number: _ids(run, [prompt for prompt, _ in batch.samples]),
             max_epochs=settings.epochs,
             accumulate_grad_batches=accumulation("adapter.context", settings),
@@ -229,13 +231,14 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
         with LayerPruner(run.slm, stack) as pruner:
             module = ContextTraining(run.slm, pruner, stack, instantiate(settings.optimizer), settings.warmup_share)
             [before] = trainer.validate(module, data, verbose=False)
-            trainer.fit(module, data, ckpt_path=last_of(folder / "checkpoints"))
+            trainer.fit(module, data, ckpt_path=last_of(places))
         module.load_state_dict(best_of(best)["state_dict"])
         # How far each adapter is from its own layer now: farther than before, since it makes up for others too.
         errors = Distillation(stack, run.config.adapter.loss, instantiate(settings.optimizer))
         states = _states(run, validation, stack, None)
         run.trainer("adapters", folder, []).validate(errors, StreamData(states, [states]), verbose=False)
         _save(run, stack, errors, folder)
+        remove_last(places)
         kl_before, kl = before["validation/kl"], float(best.best_model_score or math.nan)
         if kl > kl_before:
             log.warning(

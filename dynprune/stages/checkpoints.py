@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from dynprune.atomic import replacing
 from dynprune.data.datamodule import ResumableLoader
 
-_STEP = "step.ckpt"
+_STEP, _LAST = "step.ckpt", "last.ckpt"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -47,8 +47,9 @@ class StepSeeds(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seeds torch's generators, on all devices."""
-        torch.manual_seed(random.Random(f"{self._seed}-{trainer.current_epoch}-{batch_idx}").getrandbits(63))
+        """Seeds all generators: Python's, NumPy's and torch's."""
+        seed = random.Random(f"{self._seed}-{trainer.current_epoch}-{batch_idx}").getrandbits(32)
+        lightning.seed_everything(seed, verbose=False)
 
 
 class StepCheckpoints(Callback):
@@ -106,15 +107,50 @@ class StepCheckpoints(Callback):
         self._path.unlink(missing_ok=True)
 
 
-def epoch_checkpoints(folder: Path, **settings: Any) -> ModelCheckpoint:
-    """Lightning's callback that writes a checkpoint at the end of each epoch, the last one as ``last.ckpt``.
+class BestCheckpoint(ModelCheckpoint):
+    """The checkpoint of the epoch with the least of what is monitored; its folder may be moved between two attempts."""
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        """Binds place and figure.
+
+        Args:
+            folder: Where to.
+            monitor: The name of what is logged.
+        """
+        super().__init__(folder, monitor=monitor, mode="min", save_top_k=1, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over which one is the best; Lightning would forget it where the folder has another name."""
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        models = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
+
+
+def epoch_checkpoints(folder: Path) -> ModelCheckpoint:
+    """Lightning's callback that writes a checkpoint at the end of each epoch, over that of the one before.
+
+    It comes after a `BestCheckpoint`, which would leave one of the best epochs alone, and whose state is a part of this one.
 
     Args:
         folder: Where to.
-        settings: Arguments of its own.
     """
     # One that is there already is of an attempt that was killed: beside it, the new one would not be found.
-    return ModelCheckpoint(folder, save_last=True, enable_version_counter=False, **settings)
+    return ModelCheckpoint(folder, filename=_LAST.removesuffix(".ckpt"), enable_version_counter=False)
+
+
+def remove_last(folder: Path) -> None:
+    """Removes what a training would go on from, once all that it made is there.
+
+    Args:
+        folder: Where `epoch_checkpoints` writes.
+    """
+    (folder / _LAST).unlink(missing_ok=True)
 
 
 def last_of(folder: Path) -> Path | None:
@@ -124,10 +160,10 @@ def last_of(folder: Path) -> Path | None:
         folder: Where `epoch_checkpoints` writes, and perhaps `StepCheckpoints`.
     """
     # That of a step may be older than the end of its epoch, and never is of an epoch before.
-    return next((path for path in (folder / _STEP, folder / "last.ckpt") if path.exists()), None)
+    return next((path for path in (folder / _STEP, folder / _LAST) if path.exists()), None)
 
 
-def best_of(checkpoint: ModelCheckpoint) -> dict[str, Any]:
+def best_of(checkpoint: BestCheckpoint) -> dict[str, Any]:
     """The best checkpoint of a training that has ended.
 
     Raises:
@@ -136,7 +172,8 @@ def best_of(checkpoint: ModelCheckpoint) -> dict[str, Any]:
     """
     best = Path(checkpoint.best_model_path)
     if not best.exists():
-        shutil.rmtree(best.parent)
+        assert checkpoint.dirpath is not None
+        shutil.rmtree(checkpoint.dirpath)
         raise ValueError(
             f"the training went on without its best checkpoint, {best}, which had been damaged; {best.parent} is removed: type "
             "the same command again, which trains anew"

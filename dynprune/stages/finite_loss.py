@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 
 _SHOWN = 8
 # From a batch, its epoch and its number in it: ids of the queries that it holds.
@@ -49,14 +49,11 @@ class FiniteLoss(Callback):
             return
         ids = list(dict.fromkeys(self._ids_of(self._batch, trainer.current_epoch, self._number)))
         queries = f", of the queries {', '.join(ids[:_SHOWN])}{', …' * (len(ids) > _SHOWN)}" if ids else ""
-        kept = [path for callback in trainer.checkpoint_callbacks if (path := _newest(callback))]
+        # The newest is that of the last of them.
+        kept = [path for callback in trainer.checkpoint_callbacks if (path := getattr(callback, "best_model_path", ""))]
         raise ValueError(
             f"{self._name}: the loss is {loss.item()} at step {trainer.global_step} (batch {self._number} of epoch "
             f"{trainer.current_epoch}{queries}); "
-            + (f"the last good weights are in {kept[0]}" if kept else "no epoch has left its weights")
+            + (f"the last good weights are in {kept[-1]}" if kept else "no epoch has left its weights")
             + "; a smaller learning rate is what helps most often"
         )
-
-
-def _newest(callback: Checkpoint) -> str:
-    return getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")

@@ -31,7 +31,15 @@ from dynprune.router.outputs import RouterOutputs
 from dynprune.router.policies import Policy, ValuePolicy, build_policy
 from dynprune.router.router import Router
 from dynprune.slm.loading import is_another
-from dynprune.stages.checkpoints import StepCheckpoints, StepSeeds, best_of, epoch_checkpoints, last_of
+from dynprune.stages.checkpoints import (
+    BestCheckpoint,
+    StepCheckpoints,
+    StepSeeds,
+    best_of,
+    epoch_checkpoints,
+    last_of,
+    remove_last,
+)
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
 from dynprune.stages.part_report import report_parts
@@ -60,7 +68,7 @@ def train_router(run: Run) -> None:
 
 
 def read_curves(routers: Mapping[str, Sequence[Artifact]]) -> dict[str, list[TrainingCurve]]:
-    """How routers learned, by method; what a version before this one trained has no curve.
+    """How routers learned, by method; a ready one has no curve.
 
     Args:
         routers: By method, the router of each seed.
@@ -139,11 +147,11 @@ def _train(
     network, policy = module.router, module.policy
     places = folder / "checkpoints"
     curve = CurveNotes()
-    checkpoint = epoch_checkpoints(places, monitor=_MONITORED, mode="min", save_top_k=1)
+    checkpoint = BestCheckpoint(places, _MONITORED)
     trainer = run.trainer(
         f"router-{method.name}",
         folder,
-        [StepSeeds(seed), curve, checkpoint, *([StepCheckpoints(places)] if alone else [])],
+        [StepSeeds(seed), curve, checkpoint, *([epoch_checkpoints(places), StepCheckpoints(places)] if alone else [])],
         max_epochs=method.epochs,
         devices=hardware.devices,
         strategy=hardware.strategy,
@@ -161,6 +169,7 @@ def _train(
         return {}
     curve.write(folder / CURVE)
     save_router(network, folder / ROUTER, {"policy": policy.config(), "slm": run.slm.name, "method": method.name})
+    remove_last(places)
     return {
         "best_epoch": int(best["epoch"]),
         "validation_loss": float(checkpoint.best_model_score or 0),

@@ -154,7 +154,7 @@ def content(folder: Path) -> dict[str, Any]:
                 name = f"{stage}/{place.name}/{file.relative_to(place)}"
                 if file.suffix == ".safetensors":
                     found[name] = {key: tensor.tolist() for key, tensor in load_file(file).items()}
-                elif file.suffix in (".json", ".jsonl") and file.name != "manifest.json":
+                elif file.suffix in (".json", ".jsonl", ".csv") and file.name != "manifest.json":
                     found[name] = file.read_text(encoding="utf-8")
     return found
 
