@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from dynprune.adapters.context import ContextStream, ContextTraining
 from dynprune.data.datamodule import ResumableLoader, StreamData
+from dynprune.data.streams import PairStream
 from dynprune.methods.base import RouterTraining
 from dynprune.slm.adaptation import Adaptation, AnswerData
 from dynprune.stages.adapt import adapt
@@ -156,7 +157,7 @@ def test_a_training_that_is_stopped_between_two_epochs_goes_on_from_there_and_fr
 
     def stopped(self):
         # Adapters are fitted one by one first, through the same module.
-        if self.trainer.current_epoch == 1 and (name == "adapt" or isinstance(self.training, ContextStream)):
+        if self.trainer.current_epoch == 1 and (name == "adapt" or isinstance(self.training, ContextStream | PairStream)):
             raise Stopped
         return loader(self)
 

@@ -91,7 +91,9 @@ def test_with_nothing_pruned_it_finds_what_the_plain_model_finds(exported, tmp_p
 
 def test_with_nothing_pruned_it_finds_what_the_plain_embedded_model_finds(tmp_path):
     few = ("exploration.max_queries=2", "exploration.max_validation_queries=1")
-    run_tiny(tmp_path, "run", "model=smollm2_135m_fc", "adapter=identity", "stage=export", *few)
+    # The harness's own model takes the logarithm in the SLM's number format.
+    typed = ("model=smollm2_135m_fc", "model.dtype=float32", "adapter=identity")
+    run_tiny(tmp_path, "run", *typed, "stage=export", *few)
     check_against_the_plain_model(tmp_path / "outputs/run/model", tmp_path)
 
 
