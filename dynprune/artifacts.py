@@ -292,7 +292,6 @@ class Store:
             log.warning("%s stopped after %.1f s; %s", name, attempt["seconds"], kept)
             raise
         attempt["seconds"] = time.monotonic() - begin
-        (partial / NOTES).unlink(missing_ok=True)
         manifest |= {
             "wall_clock_s": sum(each["seconds"] for each in manifest["attempts"]),
             "counts": counts,
@@ -360,6 +359,8 @@ def _publish(partial: Path, place: Path) -> None:
     """Give a complete folder its final name, with its content on the disk before the name is."""
     for path in partial.rglob("*"):
         flush(path)
+    # Not before: until it has its final name, a later attempt must see what is damaged.
+    (partial / NOTES).unlink(missing_ok=True)
     flush(partial)
     os.rename(partial, place)
     flush(place.parent)

@@ -12,7 +12,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from dynprune.atomic import replacing, sha256
+from dynprune.atomic import NOTES, replacing, sha256
 
 MANIFEST = "manifest.json"
 # The key of a manifest's hash of itself.
@@ -81,8 +81,9 @@ def _hash(manifest: Mapping[str, Any]) -> str:
 
 
 def content_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder but its manifest, by its path in the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    """SHA-256 of each file in a folder but its manifest and the notes of building it, by its path in the folder."""
+    apart = (folder / MANIFEST, folder / NOTES)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in apart)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 

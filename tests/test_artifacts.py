@@ -159,6 +159,30 @@ def test_what_was_damaged_since_the_earlier_attempt_is_made_anew_and_the_rest_is
     assert set(artifact.manifest["files"]) == set(found)
 
 
+def test_what_is_damaged_after_a_kill_just_before_a_folder_gets_its_name_is_made_anew(tmp_path, monkeypatch):
+    def build(folder: Path) -> dict[str, int]:
+        if not (folder / "a.json").exists():
+            with replacing(folder / "a.json") as path:
+                path.write_text("[1]")
+        return {}
+
+    def killed(*arguments: Path) -> None:
+        raise KeyboardInterrupt
+
+    # From the end of the build on, up to the name.
+    for name in ("content_hashes", "versions", "flush"):
+        root = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dynprune.artifacts.{name}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                get(root, build)
+        flip(root / "explore" / f"{fingerprint(**INPUTS)}.partial/a.json")
+        artifact = get(root, build)
+        assert (artifact.folder / "a.json").read_text() == "[1]"
+        assert sorted(path.name for path in artifact.folder.iterdir()) == ["a.json", "manifest.json"]
+        assert set(artifact.manifest["files"]) == {"a.json"}
+
+
 def write_half_and_hang(root: Path, written) -> None:
     def build(folder: Path) -> dict[str, int]:
         (folder / "half.txt").write_text("half")

@@ -25,7 +25,7 @@ from dynprune.slm.adaptation import Adaptation, AnswerData, new_delta, save_delt
 from dynprune.slm.loading import SLM, delta_folder, wrap_with_delta
 from dynprune.slm.pruning import LayerPruner, configuration_mask
 from dynprune.stages.adapters import accumulation, adapters, drawing, harm, pruner_of, upstream_of
-from dynprune.stages.checkpoints import StepCheckpoints, epoch_checkpoints, last_of, remove_last
+from dynprune.stages.checkpoints import StepCheckpoints, epoch_checkpoints, last_of
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, digest, plain
 
@@ -71,8 +71,6 @@ def adapt(run: Run) -> Artifact:
             **_score(run, held_out, folder),
         }
         _write_card(run, folder, counts, seconds)
-        # Not before: a training that is stopped while its delta is scored has ended.
-        remove_last(folder / "checkpoints")
         return counts
 
     data = {"adapt": digest([*queries, *longer]), "test": digest(held_out)}

@@ -37,7 +37,7 @@ from dynprune.slm.likelihood import Answered, score_configurations, similar_samp
 from dynprune.slm.loading import SLM, is_another
 from dynprune.slm.pruning import LayerPruner
 from dynprune.stages.answers import answers, split_answers
-from dynprune.stages.checkpoints import BestCheckpoint, StepCheckpoints, best_of, epoch_checkpoints, last_of, remove_last
+from dynprune.stages.checkpoints import BestCheckpoint, StepCheckpoints, best_of, epoch_checkpoints, last_of
 from dynprune.stages.part_report import report_parts
 from dynprune.stages.progress import track
 from dynprune.stages.run import Run, content_digest, once_a_run, plain
@@ -182,7 +182,6 @@ def _fitted(run: Run) -> Artifact:
         trainer.validate(module, data, verbose=False)
         _save(run, stack, module, folder)
         (folder / _MOMENTS).unlink(missing_ok=True)
-        remove_last(folder / "checkpoints")
         return {
             "training": len(training),
             "validation": len(validation),
@@ -238,7 +237,6 @@ def _trained_in_context(run: Run, fitted: Artifact) -> Artifact:
         states = _states(run, validation, stack, None)
         run.trainer("adapters", folder, []).validate(errors, StreamData(states, [states]), verbose=False)
         _save(run, stack, errors, folder)
-        remove_last(places)
         kl_before, kl = before["validation/kl"], float(best.best_model_score or math.nan)
         if kl > kl_before:
             log.warning(

@@ -144,15 +144,6 @@ def epoch_checkpoints(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename=_LAST.removesuffix(".ckpt"), enable_version_counter=False)
 
 
-def remove_last(folder: Path) -> None:
-    """Removes what a training would go on from, once all that it made is there.
-
-    Args:
-        folder: Where `epoch_checkpoints` writes.
-    """
-    (folder / _LAST).unlink(missing_ok=True)
-
-
 def last_of(folder: Path) -> Path | None:
     """The checkpoint that a training goes on from.
 

@@ -38,7 +38,6 @@ from dynprune.stages.checkpoints import (
     best_of,
     epoch_checkpoints,
     last_of,
-    remove_last,
 )
 from dynprune.stages.explore import explore
 from dynprune.stages.pairs import PAIRS, pairs
@@ -169,7 +168,6 @@ def _train(
         return {}
     curve.write(folder / CURVE)
     save_router(network, folder / ROUTER, {"policy": policy.config(), "slm": run.slm.name, "method": method.name})
-    remove_last(places)
     return {
         "best_epoch": int(best["epoch"]),
         "validation_loss": float(checkpoint.best_model_score or 0),
